@@ -1,1 +1,1 @@
-"""The scripts of the DVC stages. `python -m stages.training` in the repository folder runs one stage."""
+"""The scripts of the DVC stages. `python -m stages.training` runs the training."""

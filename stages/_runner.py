@@ -1,8 +1,4 @@
-"""Code that all stage scripts share.
-
-A stage script opens its stage with `open_stage`, which reads params.yaml, locks the stage and opens an MLflow
-run.
-"""
+"""Code that all stage scripts share. Each script opens its stage with `open_stage`."""
 
 import ctypes
 import fcntl
@@ -33,7 +29,7 @@ from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_f
 from compactgpt.tracking.records import differing
 
 TrackerName = Annotated[Literal["mlflow", "none"], typer.Option(envvar="COMPACTGPT_TRACKER")]
-# Stage -> split that the stage reads -> purpose for which it reads the split, as MLflow shows it.
+# Stage -> split that it reads -> purpose that MLflow shows.
 SPLIT_USES: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
@@ -49,11 +45,8 @@ def new_app() -> typer.Typer:
 
 
 def matrix_item() -> str:
-    """Return the part after `@` in the name of the stage that DVC runs: `xz` for the stage `baseline@xz`.
-
-    DVC sets DVC_STAGE to the stage's name. The name is not an argument of the stage's command, because DVC
-    gives the command to a shell: the shell would run the code in a name such as `$(code)`.
-    """
+    """Return `xz` if DVC runs the stage `baseline@xz`; empty if the stage has no item."""
+    # The item is no argument: DVC runs commands in a shell, which would run code in `$(code)`.
     return os.environ.get("DVC_STAGE", "").partition("@")[2]
 
 
@@ -68,10 +61,7 @@ class Stage:
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
-        """Return a progress bar with the name `what`, by default the stage's name.
-
-        The bar counts `unit`, such as `steps`. Only the main process shows a progress bar.
-        """
+        """Return a progress bar that counts `unit`, such as `steps`. Only the main process shows it."""
         return ProgressBar(what or self.name.partition("@")[0], unit) if self.is_main_process else silent
 
     def print_message(self, message: str) -> None:
@@ -87,7 +77,7 @@ class Stage:
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write a report to `path`, with the hash of the stage's parameters, and log the report."""
+        """Write a report with the hash of the stage's parameters, and log it."""
         made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
         if metrics := journal.stage_metrics(self.name, value):
@@ -95,14 +85,14 @@ class Stage:
         self.tracker.artifact(path, "reports")
 
     def data_docs(self, folder: Path) -> None:
-        """Log a folder of Data Docs, the HTML pages of Great Expectations, and print their path."""
+        """Log a folder of HTML pages of Great Expectations, and print its path."""
         self.tracker.artifact(folder, "data_docs")
         self.print_message(f"Data Docs: {folder / 'index.html'}")
 
 
 @contextmanager
 def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "") -> Iterator[Stage]:
-    """Open a stage for a `with` block: lock the stage, and open an MLflow run, which ends after the block.
+    """Lock a stage and open an MLflow run, for a `with` block.
 
     `logged` names the sections of params.yaml to log. `item` is `xz` for the stage `baseline@xz`.
     """
@@ -117,7 +107,7 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, {})  # empty for a stage that dvc.yaml does not have
-            # This is before `load_params`, so that `_require_unchanged` sees all later changes of the file.
+            # Read before `load_params`: `_require_unchanged` must see all later changes.
             hashed, files = _read_params(definition), _read_files(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
@@ -138,16 +128,13 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
 
 
 def _read_params(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that dvc.yaml names for a stage, by dotted key, as in dvc.lock."""
+    """Return the values of a stage's parameters by dotted key, as in dvc.lock."""
     tree = dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS)
     return {key: dvc_files.value_at(tree, key) for key in definition.get("params", [])}
 
 
 def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict of a stage's dependencies: path of each file -> MD5 of the file.
-
-    For a file in one of the folders LARGE, the value is the time of the last change instead of the MD5.
-    """
+    """Return the files of a stage: path -> MD5, or time of the last change in LARGE folders."""
     states: dict[str, Any] = {}
     for path in map(Path, definition.get("deps", [])):
         for file in [path, *path.rglob("*")]:
@@ -160,11 +147,8 @@ def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
 def _require_unchanged(
     stage: str, definition: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
-    """Raise CheckFailed if a parameter or a dependency changed while the stage ran.
-
-    DVC reads parameters and dependencies for dvc.lock only after the stage's command. If they changed while
-    the command ran, dvc.lock gets values that the stage did not use (treeverse/dvc#11058).
-    """
+    """Raise CheckFailed if a parameter or a dependency changed while the stage ran."""
+    # DVC reads both after the command, so dvc.lock would get wrong values (treeverse/dvc#11058).
     new_params, new_files = _read_params(definition), _read_files(definition)
     changed = [
         f"{key} ({old} -> {new})"
@@ -173,9 +157,9 @@ def _require_unchanged(
     changed += differing(files, new_files)
     if changed:
         raise CheckFailed(
-            f"changed while {stage} ran: {', '.join(changed[:5])}. The results are of the earlier version, "
-            "so DVC does not record them. To get results of the new version, run `dvc repro` again. To keep "
-            "the earlier version, restore it, then run `dvc repro`: training resumes from its last state"
+            f"changed while {stage} ran: {', '.join(changed[:5])}. The results are from before the "
+            "change, so DVC does not record them. To use the change, run `dvc repro` again. To undo it, "
+            "restore the changed files, then run `dvc repro`: training resumes from its last state"
         )
 
 
@@ -184,10 +168,7 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return a message with the stage's number and the minutes that are left.
-
-    The minutes are the sum of the last measured times of this stage and all later stages.
-    """
+    """Return a message with the stage's number and the minutes left, from the last measured times."""
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
     minutes = sum(float(file.read_text()) for file in files) / 60
@@ -217,10 +198,9 @@ def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...])
 
 
 def start_processes(module: str, tracker: str) -> None:
-    """Start a stage script in as many processes as params.yaml says, and exit with their exit code.
+    """Start a stage script in several processes, and exit with their exit code.
 
-    `module` is the stage script's module. If training.launcher has one process, or if torchrun started this
-    process, return at once.
+    Return at once if params.yaml wants one process, or if torchrun started this process.
     """
     with handle_user_errors():
         launcher = load_params(_PARAMS).training.launcher
@@ -245,10 +225,8 @@ def _stoppable() -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    """On Linux, make this process end when its parent process (`dvc` or torchrun) ends.
-
-    Otherwise it could still train when the user starts `dvc repro` again.
-    """
+    """On Linux, end this process when its parent process (`dvc` or torchrun) ends."""
+    # Otherwise it could still train when the user starts `dvc repro` again.
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG: Linux sends a signal when the parent process ends
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
@@ -256,10 +234,7 @@ def _die_with_parent() -> None:
 
 @contextmanager
 def _only_one(name: str) -> Iterator[None]:
-    """Lock a stage for a `with` block, so that two processes never write to one folder.
-
-    Raise Busy if another process has locked the stage.
-    """
+    """Lock a stage for a `with` block. Raise Busy if another process has locked it."""
     path = state_folder() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:

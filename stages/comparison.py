@@ -83,10 +83,7 @@ def _show(language: "Language") -> None:
 
 
 def _note_rows(view: "View") -> Iterator[list[str]]:
-    """Yield the rows of the table of claims.
-
-    A row has a title and a cell for each claim. If the model trained here has a value, it is the last cell.
-    """
+    """Yield rows of a title, a cell for each claim, and the values of the model trained here."""
     for title, claims, here in view.note_rows():
         row = [title]
         for claim in claims:
@@ -96,10 +93,7 @@ def _note_rows(view: "View") -> Iterator[list[str]]:
 
 
 def _measured_rows(view: "View") -> Iterator[list[str]]:
-    """Yield the rows of the table of measured scores.
-
-    A row has the columns SHOWN_COLUMNS. Only the ratio has an interval; other intervals are cut off.
-    """
+    """Yield the rows of the table of measured scores, with intervals only for the ratio."""
     from compactgpt.reporting.tables import COLUMNS
 
     for cells in view.measured_rows():

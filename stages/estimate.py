@@ -1,4 +1,4 @@
-"""Stage `estimate`: check the inputs of all stages; write the estimate of size, time and loss."""
+"""Stage `estimate`: check the inputs of all stages, and estimate the training."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ app = new_app()
 
 @app.command()
 def main(tracker: TrackerName = "mlflow") -> None:
-    """Check the inputs of all stages, and estimate size, time and loss of the training before it starts."""
+    """Check the inputs of all stages, and estimate size, time and loss of the training."""
     from compactgpt.data.inputs import check_dependencies
     from compactgpt.forecast.estimate import estimate
     from compactgpt.forecast.sweep import read_sweep
 
     with open_stage("estimate", tracker, ("model", "training", "estimate")) as stage:
         check_dependencies(Path())
-        # All other stages depend on this file. Its content is constant, so that DVC does not run them again.
+        # All other stages depend on this file. With constant content, DVC does not run them again.
         write_json(Path("data/inputs.json"), {"checked": ["params.yaml", "files of the dependencies"]})
         sweep = read_sweep(Path("results/ladder.json"))  # None if the file is missing
         stage.report(Path("reports/estimate.json"), estimate(stage.params, sweep))

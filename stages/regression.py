@@ -1,7 +1,6 @@
 """Run `compactgpt gate`, which checks that the model is not worse than an accepted model.
 
-The gate is not a DVC stage. If it were one and failed, each `dvc repro` would run it again, because DVC keeps
-no result of a stage that fails.
+The gate is not a DVC stage, because each `dvc repro` would run a failed stage again.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Stage `tokenization` encodes the documents, and writes a token file for each of the two splits."""
+"""Stage `tokenization`: encode the documents of both splits as tokens."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ app = new_app()
 
 @app.command()
 def main(tracker: TrackerName = "mlflow") -> None:
-    """Encode the documents, and write the token files of the train split and the val split."""
+    """Encode the documents, and write a token file for each split."""
     from compactgpt.data.tokenization import tokenize
 
     with open_stage("tokenization", tracker, ("tokenization",)) as stage:

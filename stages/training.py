@@ -1,4 +1,4 @@
-"""Stage `training`: train the model on the token files; write the model, its loss curve and a report."""
+"""Stage `training`: train the model, and write the model, its loss curve and a report."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
     start_processes("stages.training", tracker)
     with open_stage("training", tracker, ("model", "training", "runtime")) as stage:
         prepare_process(stage.params.runtime.num_threads)
-        # Import these modules late: they import torch, before which the number of threads must be set.
+        # torch reads the number of threads when it is imported.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import prune_runs

@@ -1,7 +1,4 @@
-"""compactgpt: train a compact GPT, measure it against GPT-2, and show where every number came from.
-
-`compactgpt.load` loads a trained model; see `compactgpt.api`.
-"""
+"""Train a compact GPT and compare it with GPT-2. `compactgpt.load` loads a trained model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +10,7 @@ __all__ = ["Model", "Score", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the names of `__all__` when a program uses them: they need torch, which takes a second."""
+    """Import `compactgpt.api` at its first use. The import of torch takes a second."""
     if name in __all__:
         from compactgpt import api
 

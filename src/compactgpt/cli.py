@@ -1,7 +1,6 @@
-"""The command `compactgpt`: what a user does with the project besides `dvc repro`.
+"""The command `compactgpt`, whose subcommands are in the folder `commands`.
 
-The commands are in the folder `commands`. Each command reads its options and calls one function of the
-library. A command imports its function only when the command runs, so that `--help` is quick.
+A subcommand imports its function only when it runs, so `--help` is quick.
 """
 
 from typing import Annotated, Any
@@ -43,7 +42,7 @@ VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help
 
 @app.callback()
 def main(version: Annotated[bool, VERSION] = False) -> None:
-    """Train a compact GPT, compare it with GPT-2, and show where every number comes from.
+    """Train a compact GPT and compare it with GPT-2.
 
-    `dvc repro` or `make repro` runs the pipeline; run these commands in the project's root folder.
+    Run the commands in the folder of the project. `make repro` runs the whole pipeline.
     """

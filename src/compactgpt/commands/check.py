@@ -20,9 +20,8 @@ app = typer.Typer()
 
 @app.command()
 def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")]) -> None:
-    """Show where a number comes from: its report, stage, inputs, git commit and MLflow run.
+    """Show where a number comes from: report, stage, inputs, git commit and MLflow run.
 
-    Prints one line or more for each of these facts. Writes no file.
     Example: compactgpt trace compact.loss
     """
     from compactgpt.common.storage import read_json
@@ -37,9 +36,9 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
 
 @app.command()
 def verify(as_json: AsJson = False) -> None:
-    """Compare the files with their hashes in dvc.lock, and compute every reported number again.
+    """Compare the files with dvc.lock, and compute every reported number again.
 
-    Prints each difference, and ends with exit code 3 if there is one. Writes no file.
+    Prints each difference. Ends with exit code 3 if there is one.
     Example: compactgpt verify
     """
     from compactgpt.reporting.verify import verify as verify_project
@@ -58,7 +57,7 @@ def diff(
 ) -> None:
     """Compare the parameters, data, code, environment and metrics of two versions.
 
-    Prints each difference, and whether the difference of a metric may be random. Writes no file.
+    Also prints whether the difference of a metric may be random.
     Example: compactgpt diff HEAD~1 workspace
     """
     from compactgpt.tracking import compare_runs
@@ -79,9 +78,8 @@ def gate(
 ) -> None:
     """Check that the model is not worse than an accepted model.
 
-    Prints a line per metric, and ends with exit code 3 if one is worse than its limit. --accept makes the
-    present reports the reference, in the file that --against names. --markdown and --junit write the files
-    that they name.
+    Ends with exit code 3 if a metric is worse than its limit.
+    --accept writes the present metrics to the file that --against names.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params
@@ -114,9 +112,9 @@ def reproduce(
     trust: Annotated[bool, typer.Option("--trust", help="Run the version's code without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a version again in a temporary checkout, and compare the hash of every output.
+    """Run a version again in a temporary folder, and compare every output.
 
-    Prints the comparison, and ends with exit code 3 if a hash differs. Writes no file in this folder.
+    Ends with exit code 3 if an output differs by more than rounding.
     Example: compactgpt reproduce HEAD --check
     """
     from compactgpt.tracking import reproduce as tracking

@@ -25,7 +25,6 @@ app.add_typer(experiment, name="experiment")
 def estimate(settings: Settings = None, as_json: AsJson = False) -> None:
     """Estimate the size, time, memory and loss of a run before it starts.
 
-    Prints a table. Runs and writes nothing.
     Example: compactgpt estimate -S training.max_steps=20000 -S model.n_layer=6
     """
     from compactgpt.experiments import load_changed_params
@@ -52,9 +51,9 @@ def init_corpus(
         float | None, typer.Option(min=0.01, help="Training time at most (default: 60).")
     ] = None,
 ) -> None:
-    """Use your own text: copy the text to corpus/, and set the values of params.yaml that fit the text.
+    """Copy your text to corpus/, and set the values of params.yaml that fit it.
 
-    Prints what was found and each changed value, and asks before it writes.
+    Prints each changed value, and asks before it writes.
     Example: compactgpt init-corpus my.txt --yes
     """
     from compactgpt.init_corpus import apply_plan, plan_corpus
@@ -72,11 +71,9 @@ def init_corpus(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show this machine's hardware and MLflow store, and whether it can run each baseline.
+    """Show this machine's hardware and MLflow store, and which baselines it can run.
 
     Also shows whether the Hugging Face Hub answers, and estimates how long runs take.
-
-    Writes no file.
     Example: compactgpt doctor
     """
     from compactgpt.doctor import examine, format_report
@@ -87,7 +84,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @experiment.command("list")
 def list_experiments() -> None:
-    """List the named experiments in conf/experiments: what each is for, and what it needs to run.
+    """List the experiments in conf/experiments: their purposes and what they need.
 
     Example: compactgpt experiment list
     """
@@ -100,7 +97,7 @@ def list_experiments() -> None:
 
 @experiment.command("show")
 def show_experiment(name: ExperimentName, settings: Settings = None) -> None:
-    """Show the purpose of an experiment, and the values of params.yaml that it changes. Writes no file.
+    """Show the purpose of an experiment, and the values of params.yaml that it changes.
 
     Example: compactgpt experiment show note
     """
@@ -115,7 +112,7 @@ def apply_experiment(
     name: ExperimentName,
     settings: Settings = None,
 ) -> None:
-    """Write the values of an experiment to params.yaml, and keep the comments of the file.
+    """Write the values of an experiment to params.yaml.
 
     Example: compactgpt experiment apply note -S training.max_steps=1000
     """
@@ -128,10 +125,10 @@ def apply_experiment(
 
 @experiment.command("run")
 def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
-    """Apply an experiment and run the pipeline with `dvc exp run`, or train all runs of a sweep.
+    """Apply an experiment and run the pipeline with `dvc exp run`.
 
-    Prints the expected time, the progress and the measured loss. Writes params.yaml, dvc.lock,
-    data/, models/ and reports/; a sweep writes results/NAME.json instead.
+    Writes params.yaml, dvc.lock, data/, models/ and reports/.
+    If the experiment is a sweep, trains all its runs and writes results/NAME.json instead.
     Example: compactgpt experiment run shakespeare-quick
     """
     from compactgpt import experiments
@@ -168,7 +165,6 @@ def record_experiment(name: ExperimentName) -> None:
     """Write the metrics of a finished experiment to results/NAME.json.
 
     The DVC stage `comparison` reads this file.
-
     Example: compactgpt experiment record note
     """
     from compactgpt.reporting.results import record_result
@@ -179,9 +175,9 @@ def record_experiment(name: ExperimentName) -> None:
 
 @experiment.command("fit")
 def fit_experiment(name: ExperimentName = "ladder") -> None:
-    """Fit a scaling law to the runs of a sweep, and predict the loss of a training with params.yaml.
+    """Fit a scaling law to a sweep, and predict the loss with params.yaml.
 
-    Prints the law and the prediction, and writes the law to results/NAME.json.
+    Also writes the law to results/NAME.json.
     Example: compactgpt experiment fit ladder
     """
     from compactgpt.forecast.sweep import fit_sweep

@@ -1,4 +1,4 @@
-"""Print progress, results and messages; turn a user's mistake into one sentence and an exit code."""
+"""Print progress, results and error messages."""
 
 import errno
 import re
@@ -35,7 +35,7 @@ def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> N
 
 
 class ProgressBar:
-    """Show progress on stderr: a progress bar on a terminal, otherwise a line every 15 seconds."""
+    """A progress bar on a terminal; otherwise a line on stderr every 15 seconds."""
 
     def __init__(self, name: str, unit: str) -> None:
         self.name, self.unit = name, unit
@@ -67,7 +67,7 @@ class ProgressBar:
 
 @contextmanager
 def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
-    """Print a user's mistake as one sentence on stderr; exit with its exit code. Ctrl-C prints `stopped`."""
+    """Print a UserError as one sentence, and exit with its code. Ctrl-C prints `stopped`."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -77,12 +77,11 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         user_error = _user_error_of(error)
         if user_error is None:  # a bug, which needs its traceback
             raise
-        # If several processes make the same mistake at the same step, only the main process prints it.
-        own_errors = BadData | DiskFull | MissingInput | OutOfMemory  # these can occur in one process alone
-        if dist_info().is_main_process or isinstance(user_error, own_errors):
+        # All processes can raise the same error, so only the main process prints it.
+        single_process_errors = BadData | DiskFull | MissingInput | OutOfMemory
+        if dist_info().is_main_process or isinstance(user_error, single_process_errors):
             report(f"error: {user_error}")
-        # When a process fails, torchrun sends SIGTERM to all processes. A process that is exiting ignores the
-        # signal, to keep its exit code.
+        # torchrun sends SIGTERM to all processes when one fails. The signal would change the exit code.
         if under_torchrun():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(user_error.exit_code) from error
@@ -107,7 +106,7 @@ def _user_error_of(error: Exception) -> UserError | None:
 
 
 def _extra_with(module: str) -> str:
-    """Return the extra (a group of optional dependencies) that installs a module; empty if no extra does."""
+    """Return the group of optional dependencies that installs a module; empty if there is none."""
     from importlib import metadata  # takes 50 ms, and is rarely needed
 
     package = module.partition(".")[0].replace("_", "-")

@@ -1,13 +1,11 @@
 """Errors that a user can act on, each with an exit code that scripts can test.
 
-A stage or command prints the message of a `UserError` as one sentence, and exits with its `exit_code`. Any
-other exception is a bug of this project. Exit codes are taken from sysexits.h where it has a suitable code.
+Any exception other than `UserError` is a bug of this project. Most exit codes come from sysexits.h.
 """
 
 import unicodedata
 
-# Unicode categories: control, format (also marks for the direction of text), surrogate (which stands for a
-# byte that is not UTF-8), line separator, paragraph separator.
+# Unicode categories: control, format, surrogate, line separator and paragraph separator.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
@@ -24,25 +22,25 @@ def printable(text: str, keep: str = "") -> str:
 
 
 class UserError(Exception):
-    """An error that the user can act on: the message states what was found, what is allowed, what to do."""
+    """An error that the user can act on. The message says what to do."""
 
     exit_code = 1
 
 
 class CheckFailed(UserError):
-    """A check of the project failed, such as an expectation about the data or the gate."""
+    """A check failed, such as the gate or the validation of the data."""
 
     exit_code = 3
 
 
 class BadData(UserError):
-    """A file is not valid: it is empty, cut short, altered, not UTF-8, or of another format."""
+    """A file is empty, incomplete, altered, or has the wrong format."""
 
     exit_code = 65
 
 
 class OutsideFolder(BadData):
-    """A path in dvc.lock, a manifest or a git diff leads out of the folder that must contain it."""
+    """A path leads out of the folder that must contain it."""
 
 
 class MissingInput(UserError):
@@ -76,7 +74,7 @@ class DiskFailed(UserError):
 
 
 class Busy(UserError):
-    """Another process does this work now, or this process was asked to stop: run the command again later."""
+    """Another process does this work now, or this process was asked to stop."""
 
     exit_code = 75
 
@@ -86,13 +84,13 @@ class PeerLost(Busy):
 
 
 class NotAllowed(UserError):
-    """The user has no permission to read or write a path, or a command refuses to replace user files."""
+    """A path can't be read or written, or a command refuses to replace files of the user."""
 
     exit_code = 77
 
 
 class BadConfig(UserError):
-    """A key of params.yaml is unknown, or its value has the wrong type or is not allowed."""
+    """A key of params.yaml is unknown, or its value is not allowed."""
 
     exit_code = 78
 

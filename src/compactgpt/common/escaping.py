@@ -1,11 +1,11 @@
-"""Escape text from a corpus, a file name or a model, so that Markdown shows it and does not interpret it."""
+"""Escape text so that Markdown shows it unchanged."""
 
 import re
 
 from compactgpt.common.errors import printable
 
-# Matches the characters that are markup in Markdown (CommonMark with GitHub's extensions). An underscore
-# inside a word is no markup, and `-`, `+` and `#` are markup only at the start of a line.
+# Characters that are markup in CommonMark with GitHub's extensions.
+# An underscore is no markup inside a word; `-`, `+` and `#` are markup only at the start of a line.
 _MARKUP = re.compile(
     r"[\\`*\[\]|~$]"
     r"|(?<![^\W_])_|_(?![^\W_])"
@@ -13,16 +13,12 @@ _MARKUP = re.compile(
     r"|^[-+#](?=[\s#])|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)",  # lists and headings
     re.IGNORECASE,
 )
-_ENTITIES = {
-    "&": "&amp;",
-    "<": "&lt;",
-    ">": "&gt;",
-    "@": "@\u200b",
-}  # GitHub takes `@name` for a mention of a user; an invisible space after `@` prevents this
+# An invisible space after `@` keeps GitHub from reading `@name` as a user.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b"}
 
 
 def markdown_text(text: str) -> str:
-    """Return the text on one line, escaped so that Markdown shows it unchanged, also inside a table."""
+    """Return the text on one line, escaped for Markdown and for cells of a Markdown table."""
     marked = _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text))
     return re.sub("[&<>@]", lambda found: _ENTITIES[found[0]], marked)
 
@@ -35,7 +31,7 @@ def markdown_code(text: str) -> str:
 
 
 def markdown_block(text: str) -> str:
-    """Return the text as a code block, with a fence that the text does not contain."""
+    """Return the text as a Markdown code block."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return "\n".join([f"{fence}text", printable(text, keep="\n\t"), fence])
 

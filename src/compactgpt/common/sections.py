@@ -1,7 +1,6 @@
-"""Read YAML files as typed objects, and check every value before any work starts.
+"""Read YAML files as typed objects, and check every key and value.
 
-An unknown key, a wrong type or an invalid value is an error. The message has the path of the key, the value
-that was found and the values that are allowed. YAML is read with the reader that DVC uses.
+The YAML reader is the one that DVC uses.
 """
 
 import copy
@@ -19,8 +18,8 @@ from ruamel.yaml.error import YAMLError
 
 from compactgpt.common.errors import BadConfig, MissingInput, printable
 
-# The name of a baseline, data set or experiment becomes a part of paths, of DVC's stage names and of MLflow's
-# run names. So a name has no special characters, such as `/`, and no dot: in DVC `a.b` is key `b` in `a`.
+# Names of baselines, data sets and experiments are used in paths, DVC stages and MLflow runs.
+# A dot is not allowed, because DVC reads `a.b` as key `b` in `a`.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 NAME_RULE = "a name has letters, digits, '_' and '-' only, at most 64, and begins with a letter or digit"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -49,17 +48,17 @@ SectionType = TypeVar("SectionType", bound=Section)
 def load_section(path: Path, section: type[SectionType]) -> SectionType:
     """Read a YAML file, check every value, and return an object of the class `section`.
 
-    Raises MissingInput, or BadConfig with every key that is unknown, missing, of the wrong type or invalid.
+    Raises MissingInput, or BadConfig with all mistakes in the file.
     """
     return check_section(read_yaml(path), section, str(path))
 
 
-# ruamel.yaml raises YAMLError, and the other errors for invalid dates, numbers or tags, and deep nesting.
+# ruamel.yaml also raises built-in exceptions, such as ValueError for an invalid date.
 YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file as DVC does. Raises MissingInput, or BadConfig if the file is not valid YAML."""
+    """Parse a YAML file. Raises MissingInput, or BadConfig if the file is not valid YAML."""
     try:
         content = path.read_bytes()
         return copy.deepcopy(parse_yaml(content))
@@ -74,16 +73,13 @@ def read_yaml(path: Path) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def parse_yaml(content: bytes | str) -> Any:
-    """Return parsed YAML 1.2, as DVC parses it. Callers must not change the result.
-
-    The result is cached: parsing params.yaml takes 0.1 s, and a process may read it ten times.
-    """
+    """Return parsed YAML 1.2. Callers must not change the result, because it is cached."""
     return YAML(typ="safe", pure=True).load(content)
 
 
 def find_conflict(name: str, content: bytes) -> str:
-    """Return a sentence about the markers of an unresolved merge in a file; empty if there are none."""
-    if not _MARKER.search(content):  # one marker is enough, because the user may have removed the others
+    """Return an error message if a file has markers of an unresolved merge; otherwise empty."""
+    if not _MARKER.search(content):  # the user may have removed some markers, so one is enough
         return ""
     found = f"{name} has conflict markers of an unresolved merge"
     if name != "dvc.lock":
@@ -95,12 +91,12 @@ def find_conflict(name: str, content: bytes) -> str:
 
 
 def check_section(tree: Any, section: type[SectionType], source: str) -> SectionType:
-    """Return parsed YAML as an object of the class `section`. Messages name the file as `source`.
+    """Return parsed YAML as an object of the class `section`.
 
-    Raises BadConfig with every key that is unknown, missing, of the wrong type or invalid.
+    Error messages name the file as `source`. Raises BadConfig with all mistakes.
     """
     try:
-        # The tree is converted to JSON: in strict mode, pydantic accepts a list for a tuple only from JSON.
+        # In strict mode, pydantic accepts a list for a tuple only from JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
@@ -110,14 +106,13 @@ def check_section(tree: Any, section: type[SectionType], source: str) -> Section
 
 
 def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
-    """Describe one mistake in one line: the path of the key, what was found, and what is allowed."""
+    """Return one line with the path of a key, the wrong value, and what is allowed."""
     path, node = [], json.loads(json.dumps(tree, default=str))
     for part in detail["loc"]:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # Some parts of pydantic's path are not keys of the file, such as `unigram` in a baseline's path:
-            # `kind: unigram` says which class checks the baseline.
+            # pydantic adds the kind of a baseline, such as `unigram`, to the path. It is no key.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))
@@ -142,7 +137,7 @@ def _keys_at(section: type[Section], path: list[str]) -> list[str]:
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
-        if fields:  # empty if `part` is a name that the user chose, or a position in a list
+        if fields:  # empty for an index of a list or a name that the user chose
             sections = [found for field in fields for found in _sections_in(field)]
     return sorted({key for each in sections for key in each.model_fields})
 

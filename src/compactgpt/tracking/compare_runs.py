@@ -1,8 +1,4 @@
-"""Compare two versions of the project: parameters, data, code, packages, machine and metrics.
-
-If both versions have a model's losses of the same documents, the model's perplexity in the second version is
-divided by the one in the first. The ratio's 95 % interval comes from the two losses of each document.
-"""
+"""Compare two versions of the project: parameters, data, code, packages, machine and metrics."""
 
 import json
 import tempfile
@@ -19,24 +15,24 @@ from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import Pair, Version, changed_environment, differing, find_version
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
-# A number in a report is compared if its key is in _FIGURES or ends in one of _LOSSES.
+# The numbers to compare have these keys, or keys that end in one of _LOSSES.
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The differences between versions A and B. A `Pair` has the value in A and the value in B."""
+    """The differences between versions A and B. A `Pair` has the two values."""
 
     a: str  # the name of version A
     b: str  # the name of version B
     params: dict[str, Pair]  # dotted key of params.yaml -> the two values
-    data: dict[str, Pair]  # path of a file or folder with data or a model -> the two MD5 hashes
+    data: dict[str, Pair]  # path of data or of a model -> the two MD5 hashes
     code: str  # the changed files, from `git diff --stat`
-    environment: dict[str, Pair]  # package, setting or part of the machine -> the two versions or values
+    environment: dict[str, Pair]  # package or machine fact -> the two versions or values
     metrics: dict[str, Pair]  # model and metric, such as `xz: loss` -> the two values
     ratios: dict[str, Interval]  # model -> perplexity in B / perplexity in A, on the same documents
-    unpaired: list[str]  # for each model without a ratio, a sentence with the reason
+    unpaired: list[str]  # a sentence for each model that has no ratio
 
     def lines(self) -> list[str]:
         """Return the differences as lines for the terminal."""
@@ -64,10 +60,7 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Return the differences between two versions.
-
-    `first` and `second` name an MLflow run, a git revision, a DVC experiment, or `workspace`.
-    """
+    """Return the differences between two versions, which `find_version` finds by name."""
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
         a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(other))
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
@@ -89,7 +82,7 @@ def _params(version: Version) -> dict[str, Any]:
 
 
 def _data_hashes(version: Version) -> dict[str, str]:
-    """Return the MD5 of the corpus and of each output that is not a report, by path."""
+    """Return the MD5 hashes of the corpus and of all outputs except reports, by path."""
     found: dict[str, str] = {}
     for entry in version.chain.entries.values():
         found |= {path: md5 for path, md5 in outs(entry).items() if not path.startswith("reports/")}
@@ -98,7 +91,7 @@ def _data_hashes(version: Version) -> dict[str, str]:
 
 
 def _figures(version: Version) -> dict[str, Any]:
-    """Return the losses, perplexities and bits per byte in the reports of a version, by model and metric."""
+    """Return the metrics in a version's reports, by model and metric, such as `xz: loss`."""
     found = {}
     for stage, entry in version.chain.entries.items():
         name, _, item = stage.partition("@")
@@ -116,7 +109,7 @@ def _figures(version: Version) -> dict[str, Any]:
 
 
 def _changed_code(a: Version, b: Version, root: Path) -> str:
-    """Return the output of `git diff --stat` between two versions, and the files with uncommitted changes."""
+    """Return the output of `git diff --stat`, and the names of files with uncommitted changes."""
     lines = []
     if a.commit and b.commit and a.commit != b.commit:
         paths = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
@@ -135,10 +128,7 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
 
 
 def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, Interval], list[str]]:
-    """Return the perplexity ratio of each model, and a sentence for each model that has no ratio.
-
-    A model that only one of the two versions has is left out.
-    """
+    """Return the perplexity ratio of each model, and a sentence for each model without one."""
     ratios, unpaired = {}, []
     first, second = _read_losses(a, cache), _read_losses(b, cache)
     for model in (name for name in first if name in second):
@@ -153,15 +143,12 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, I
 
 
 def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
-    """Return a version's per-document losses by model.
-
-    The losses come from the version's files or from DVC's cache. If both lack the losses, the value is None.
-    """
+    """Return a version's losses of each document, by model; None if they can't be found."""
     found: dict[str, Totals | None] = {}
     for out, md5 in (item for entry in version.chain.entries.values() for item in outs(entry).items()):
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
-        name = "compact.parquet" if out == "data/evaluation" else ""  # empty if the output is itself the file
+        name = "compact.parquet" if out == "data/evaluation" else ""  # empty if the output is a file
         path = Path(out, name)
         if isinstance(version.place, Folder) and (version.place.root / path).exists():
             found[path.stem] = read_totals(version.place.root / path)

@@ -1,7 +1,6 @@
 """Read dvc.yaml, dvc.lock, params.yaml, and DVC's cache.
 
-A `Place` is a folder or a git commit that has these files. Functions that need DVC import it themselves,
-because the import takes half a second, and most stages do not need it.
+Functions import DVC themselves, because the import takes half a second.
 """
 
 import configparser
@@ -29,18 +28,18 @@ _LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # a copy of dvc.lock, which `
 # The name of a file or folder in DVC's cache: the MD5 of its content.
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _RESTORE_LOCK = f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it"
-# Names that .dvcignore excludes from a dependency: byte code of Python, and temporary files of editors.
+# Byte code of Python and temporary files of editors, as in .dvcignore.
 _IGNORED = re.compile(r"__pycache__|.*\.(pyc|egg-info)|\..*\.sw.|.*~|#.*#|\.#.*|4913|\.DS_Store")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder with the files of a project, such as the work tree or the files of an MLflow run."""
+    """A folder with the files of a project, such as the work tree."""
 
     root: Path
 
     def read(self, path: str) -> bytes | None:
-        """Return the content of a file in the folder, or None if the file does not exist."""
+        """Return the content of a file, or None if it is missing."""
         try:
             return inside(self.root, path, follow=False).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -55,7 +54,7 @@ class Commit:
     revision: str  # the hash or the name of the commit
 
     def read(self, path: str) -> bytes | None:
-        """Return the content of a file in the commit, or None if the file does not exist."""
+        """Return the content of a file, or None if it is missing."""
         with suppress(UserError):
             return run_git(self.root, "show", f"{self.revision}:{path}")
         return None
@@ -65,8 +64,8 @@ Place = Folder | Commit
 
 
 def commit_named(root: Path, name: str) -> str:
-    """Return the commit that a git revision or a DVC experiment names, or an empty string if none exists."""
-    # DVC keeps the commit of an experiment under the name refs/exps/<2 digits>/<38 digits>/<experiment>.
+    """Return the commit hash of a git revision or DVC experiment; empty if there is none."""
+    # DVC names the commit of an experiment refs/exps/<2 digits>/<38 digits>/<experiment>.
     refs = git_text(root, "for-each-ref", "--format=%(refname)", f"refs/exps/**/{name}").split()
     revision = f"{(refs or [name])[0]}^{{commit}}"
     with suppress(UserError):
@@ -75,9 +74,9 @@ def commit_named(root: Path, name: str) -> str:
 
 
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
-    """Parse dvc.yaml, dvc.lock or params.yaml. Return an empty mapping if the file is missing or empty.
+    """Parse dvc.yaml, dvc.lock or params.yaml. A missing file gives an empty dict.
 
-    Raises BadData if the file is not a YAML mapping, or contains git's conflict markers.
+    Raises BadData if the file is not a YAML mapping.
     """
     from ruamel.yaml import YAML
 
@@ -90,9 +89,9 @@ def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
 
 
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
-    """Parse the content of dvc.lock. Return what it has for each stage, by the stage's name.
+    """Parse the content of dvc.lock, and return the entry of each stage by name.
 
-    Raises BadData if dvc.lock is not valid, and OutsideFolder if a path in it is outside of the project.
+    Raises BadData if it is not valid, and OutsideFolder if a path leads out of the project.
     """
     stages: dict[str, Entry] = parse_yaml(lock, LOCK).get("stages", {})
     try:
@@ -107,32 +106,30 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of dvc.yaml, in the order of the file, and what dvc.lock has for these stages."""
+    """The stages of dvc.yaml, in the order of the file, and their entries in dvc.lock."""
 
-    stages: dict[str, Any]  # stage, such as `training` or `baseline@xz` -> the stage's mapping in dvc.yaml
+    stages: dict[str, Any]  # stage, such as `baseline@xz` -> its mapping in dvc.yaml
     entries: dict[str, Entry]  # stage -> the stage's entry in dvc.lock
     lock: bytes = b""  # the content of dvc.lock
 
     def out(self, path: str) -> str:
-        """Return the MD5 that dvc.lock has for an output, or an empty string if dvc.lock lacks the output."""
+        """Return the MD5 of an output in dvc.lock; empty if dvc.lock lacks the output."""
         return next((found for entry in self.entries.values() if (found := outs(entry).get(path))), "")
 
 
 def read_chain(place: Place) -> Chain:
-    """Read dvc.yaml and dvc.lock. Raises BadData if a file is not valid.
-
-    Stages that only dvc.lock has are left out: DVC keeps deleted stages there (treeverse/dvc#5293).
-    """
+    """Read dvc.yaml and dvc.lock. Raises BadData if a file is not valid."""
+    # DVC keeps deleted stages in dvc.lock (treeverse/dvc#5293).
     stages, lock = read_stages(place), place.read(LOCK) or b""
     entries = {stage: entry for stage, entry in entries_of(lock).items() if stage in stages or not stages}
     return Chain(stages, entries, lock)
 
 
 def read_stages(place: Place) -> dict[str, Any]:
-    """Return the YAML mapping of each stage in dvc.yaml, by the stage's name, in the order of the file.
+    """Return the YAML mapping of each stage in dvc.yaml, by the stage's name.
 
-    A matrix stage, such as `baseline`, gives one stage for each item of its matrix: `baseline@xz`. Raises
-    BadData if dvc.yaml or params.yaml is not valid.
+    A matrix stage gives one stage for each item, such as `baseline@xz`.
+    Raises BadData if dvc.yaml or params.yaml is not valid.
     """
     params = parse_yaml(place.read(PARAMS), PARAMS)
     try:
@@ -149,34 +146,34 @@ def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tu
         ((variable, items),) = body["matrix"].items()
         if isinstance(items, str):  # a reference to params.yaml, such as `${baseline.names}`
             items = value_at(params, items.strip("${}"))
-        # If params.yaml has no list here, there are no stages. The check of params.yaml reports the mistake.
+        # The check of params.yaml reports a value that is no list.
         for item in items if isinstance(items, list) else []:
             quoted = json.dumps(str(item))[1:-1]
             yield f"{name}@{item}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
 
 
 def value_at(tree: Any, key: str) -> Any:
-    """Return the value at a dotted key of nested mappings, or None if the key is missing."""
+    """Return the value at a dotted key, or None if the key is missing."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
 
 
 def overlap(path: str, other: str) -> bool:
-    """Return whether two paths are equal, or one path is a folder that contains the other path."""
+    """Return whether two paths are equal or one contains the other."""
     return f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/")
 
 
 def keep_lock(root: Path) -> None:
-    """Save a copy of dvc.lock for `restore_lock`. If DVC is killed, it can leave dvc.lock incomplete."""
+    """Save a copy of dvc.lock. If DVC is killed, dvc.lock can be incomplete."""
     if (root / LOCK).is_file():
         write_bytes(root / _LOCK_COPY, (root / LOCK).read_bytes())
 
 
 def restore_lock(root: Path) -> bool:
-    """If dvc.lock is incomplete, restore the copy that `keep_lock` saved. Return whether it was restored.
+    """If dvc.lock is incomplete, restore the copy from `keep_lock`, and return True.
 
-    Raises BadData if there is no complete copy, or if dvc.lock contains git's conflict markers.
+    Raises BadData if there is no complete copy, or if dvc.lock has merge conflicts.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
     if not lock.exists() or _is_complete(lock.read_bytes()):
@@ -203,12 +200,12 @@ def entry_key(entry: Entry) -> str:
 
 
 def outs(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each output of a stage, by path. The MD5 of a folder ends in `.dir`."""
+    """Return the MD5 of each output by path. The MD5 of a folder ends in `.dir`."""
     return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
 def deps(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each dependency of a stage, by path. The MD5 of a folder ends in `.dir`."""
+    """Return the MD5 of each dependency by path. The MD5 of a folder ends in `.dir`."""
     return {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
 
 
@@ -223,7 +220,7 @@ def params_sha256(params: Mapping[str, Any]) -> str:
 
 
 def md5_of(content: bytes) -> str:
-    """Return the MD5 of `content`. DVC's cache uses the MD5 as the name of the file."""
+    """Return the MD5 of `content`, as DVC computes it."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
@@ -234,7 +231,7 @@ def md5_file(path: Path) -> str:
 
 
 def md5_path(path: Path) -> str:
-    """Return the MD5 that DVC computes for a file or a folder, or an empty string if the path is missing."""
+    """Return the MD5 of a file or folder, as DVC computes it; empty if missing."""
     if path.is_file():
         return md5_file(path)
     if not path.is_dir():
@@ -254,7 +251,7 @@ def is_ignored(name: str) -> bool:
 
 
 class Cache:
-    """DVC's cache on this machine. The name of a file in the cache is the file's MD5."""
+    """DVC's cache on this machine. Each file is named by its MD5."""
 
     def __init__(self, root: Path) -> None:
         settings = configparser.ConfigParser(interpolation=None)
@@ -263,10 +260,9 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return the files of an output in the cache, by their path inside the output.
+        """Return the files of an output by their path in it; `""` for a single file.
 
-        If the output is a single file, the path inside the output is an empty string. Raises MissingInput if
-        the cache lacks a file, and OutsideFolder if a hash or a path leads out of the cache.
+        Raises MissingInput if a file is missing, and OutsideFolder if a path leads out of the cache.
         """
         if not md5.endswith(".dir"):
             return {"": self._object(md5)}
@@ -284,7 +280,7 @@ class Cache:
         return True
 
     def _object(self, md5: str) -> Path:
-        if not _OBJECT.fullmatch(md5):  # any other text could be a path out of the cache, such as `../x`
+        if not _OBJECT.fullmatch(md5):  # for example, `../x` leads out of the cache
             raise OutsideFolder(
                 f"{LOCK} names {md5!r}, not a hash of DVC's cache: `git checkout {LOCK}` restores {LOCK}"
             )
@@ -295,10 +291,9 @@ class Cache:
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy the output `path` with the hash `md5` to `target`, and return whether the output was found.
+    """Copy an output from DVC's cache, or else from `place`, to `target`.
 
-    The output comes from DVC's cache, or else from the folder or commit `place`, if the hash there is `md5`.
-    An output that is a folder comes only from the cache. Raises BadData if a file in the cache was altered.
+    Return whether the output was found. Raises BadData if a file in the cache was altered.
     """
     if not cache.has(md5):
         content = place.read(path)
@@ -318,7 +313,7 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
 
 @contextmanager
 def open_repo(root: Path) -> Iterator[Any]:
-    """Open a folder as a DVC repository without git for a `with` block. DVC computes all hashes again.
+    """Open a folder as a DVC repository without git, for a `with` block.
 
     Raises BadData if DVC can't read dvc.yaml or dvc.lock.
     """
@@ -327,7 +322,7 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     try:
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            # DVC saves hashes in `site_cache_dir`. The folder is empty, so that DVC reads every file again.
+            # DVC saves hashes in `site_cache_dir`. With an empty folder, DVC reads every file again.
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo
@@ -336,7 +331,7 @@ def open_repo(root: Path) -> Iterator[Any]:
 
 
 def stages_before(root: Path, name: str) -> list[str]:
-    """Return the stages whose outputs a stage needs, in the order in which DVC runs these stages."""
+    """Return the stages that DVC runs before a stage, in order."""
     from dvc.repo.reproduce import plan_repro
 
     with open_repo(root) as repo:

@@ -1,4 +1,4 @@
-"""Find a version of the project. A version is an MLflow run, a git revision, or the current work tree."""
+"""Find a version of the project: an MLflow run, a git revision, or the work tree."""
 
 import re
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Pair = tuple[Any, Any]  # the values that two versions have; None for a version 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the project, and what is known about the machine on which its stages ran."""
+    """A version of the project, and what is known about its machine."""
 
     name: str  # the version's name in messages
     place: Place  # the folder or commit with params.yaml, dvc.lock, dvc.yaml and reports/
@@ -39,9 +39,12 @@ class Version:
 def find_version(root: Path, wanted: str, scratch: Path) -> Version:
     """Return the version with the name `wanted`.
 
-    The name is the id of an MLflow run or its first characters, a git revision, the name of a DVC experiment,
-    or `workspace`. The files of an MLflow run are downloaded to the empty folder `scratch`. Raises BadConfig
-    if no version has this name or if several runs have it, and MissingInput if the run has no dvc.lock.
+    Args:
+        root: the repository.
+        wanted: the start of an MLflow run's id, a git revision, a DVC experiment, or `workspace`.
+        scratch: an empty folder for the files of an MLflow run.
+
+    Raises BadConfig if no version or several runs have the name, and MissingInput if a file is missing.
     """
     if wanted == WORKSPACE:
         if not (root / CHAIN).exists():
@@ -65,10 +68,7 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
 
 
 def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
-    """Return the version of the MLflow run whose id begins with `wanted`, or None if there is no such run.
-
-    If the run is the run of one stage, its parent run (the run of the whole pipeline) has the files.
-    """
+    """Return the version of the MLflow run whose id begins with `wanted`, or None."""
     from compactgpt.tracking.store import open_store, store_errors
 
     with store_errors(tracking_store()["uri"]):
@@ -79,6 +79,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
         if len(runs) > 1:
             raise BadConfig(f"the ids of {len(runs)} runs begin with {wanted}: type more of its characters")
         tags, run_id = runs[0].data.tags, runs[0].info.run_id
+        # The parent run is the run of the whole pipeline. It has the files.
         store.client.download_artifacts(tags.get("mlflow.parentRunId", run_id), "", str(scratch))
     name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(scratch)
     if place.read(LOCK) is None:
@@ -98,16 +99,16 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
 
 
 def parse_versions(requirements: str) -> dict[str, str]:
-    """Return the version of each package by name, from lines `name==version` or `name==version ; marker`.
+    """Return the version of each package by name, from the lines of a requirements file.
 
-    A line is left out if its marker excludes this machine. The version 2.13.0+cpu becomes 2.13.0.
+    Packages for other machines are left out. The version 2.13.0+cpu becomes 2.13.0.
     """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 
     found: dict[str, str] = {}
     for line in requirements.splitlines():
-        with suppress(InvalidRequirement):  # a line that is no requirement, such as the hash of a file
+        with suppress(InvalidRequirement):  # the line is no requirement
             package = Requirement(line.rstrip(" \\"))
             if package.marker is None or package.marker.evaluate():
                 version = str(package.specifier).removeprefix("==")
@@ -116,15 +117,14 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
-    """Return a dict of the keys whose values differ: key -> (value in `a`, value in `b`)."""
+    """Return the keys with different values: key -> (value in `a`, value in `b`)."""
     return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
 
 
 def changed_environment(a: Version, b: Version) -> dict[str, Pair]:
-    """Compare the packages and machines of two versions. Return a dict: name -> the two different values.
+    """Return the packages and machine facts that differ: name -> the two values.
 
-    Names are packages, settings and parts of the machine. Packages that only one version has are left out. If
-    a version's machine is unknown, only packages are compared.
+    Packages that only one version has are left out.
     """
     common = sorted(a.packages.keys() & b.packages.keys())
     packages = differing(*({name: one.packages[name] for name in common} for one in (a, b)))

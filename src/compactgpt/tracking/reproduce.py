@@ -1,11 +1,7 @@
 """Run a version of the project again in a temporary checkout, and compare all hashes and losses.
 
-The checkout has the version's commit, its uncommitted changes and its params.yaml. The outputs of the
-download stage come from DVC's cache or remote; all other stages run with the installed packages.
-
-A version contains code, which may come from somebody else: from an MLflow server or a pushed branch. So the
-user must confirm a version that is not in the history of HEAD, no path of a version may lead out of the
-checkout, and the checkout does not get the project's DVC settings and credentials.
+The code of a version may come from somebody else, so the user must confirm it. No path of the version may
+lead out of the checkout. The checkout does not get DVC's settings and credentials.
 """
 
 import json
@@ -49,19 +45,18 @@ from compactgpt.tracking.records import (
     parse_versions,
 )
 
-# The outputs of the stage DATA come from DVC's cache, because the corpus may have changed since the run.
+# The corpus may have changed since the run, so this stage's outputs come from DVC's cache.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
-# Rounding can explain a difference of up to 1 % between the losses of two runs. With the params.yaml of the
-# repository, the largest measured difference was 0.15 %.
+# Rounding can explain losses that differ by up to 1 %. The largest measured difference was 0.15 %.
 LOSS_TOLERANCE = 0.01
-# Keys of `differences_here` that can change how results are rounded: settings, processor and packages.
+# Keys of `differences_here` that can change the rounding of results.
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
 # DVC's settings in the checkout. The checkout has its own cache and no remote.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
-# Folders of .state that are not copied to the checkout. All other folders of .state have downloaded files.
+# Folders of .state without downloaded files, which are not copied.
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
-# A number in a report is a loss if its key ends in one of these names.
+# The keys of losses in reports end in these names.
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
 
@@ -84,10 +79,9 @@ class Result:
 
 
 def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
-    """Return two lists of sentences about running a version again on this machine.
+    """Return what this machine lacks to run a version again, and how its machine differs.
 
-    The first list says what this machine lacks. The second list says how the version's machine differs from
-    this machine. `wanted` names the version: an MLflow run, a git revision or a DVC experiment.
+    Both are lists of sentences. `find_version` finds the version by its name `wanted`.
     """
     with _temporary_folder(root) as folder:
         version = _find(wanted, root, folder)
@@ -95,16 +89,16 @@ def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
 
 
 def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
-    """Run a version again in a temporary checkout, and return the comparison with its recorded results.
+    """Run a version again in a temporary checkout, and compare it with the first run.
 
     Args:
-        wanted: the name of the version: an MLflow run, a git revision or a DVC experiment.
+        wanted: an MLflow run, a git revision or a DVC experiment.
         root: the repository.
-        log: a function that prints a progress message.
-        confirm: a function that shows the commands to the user and returns whether they may run.
+        log: prints a message.
+        confirm: shows the commands to the user, and returns whether they may run.
 
-    Raises MissingInput if this machine lacks something for the run, OutsideFolder if a path of the version
-    leads out of the checkout, NotAllowed if the user did not confirm, and CheckFailed if a stage failed.
+    Raises MissingInput if this machine lacks an input, OutsideFolder if a path leads out of the checkout,
+    NotAllowed if the user did not confirm, and CheckFailed if a stage failed.
     """
     root = root.resolve()
     with _temporary_folder(root) as folder:
@@ -142,7 +136,6 @@ def _temporary_folder(root: Path) -> Iterator[Path]:
 
 
 def _find(wanted: str, root: Path, folder: Path) -> Version:
-    """Return the version with the name `wanted`. The files of an MLflow run are downloaded to `folder`."""
     if wanted == WORKSPACE:
         raise BadConfig(
             f"{WORKSPACE} is not a run: use a run id (`make ui` shows all runs) or a git revision"
@@ -184,7 +177,7 @@ def _describe(environment: Mapping[str, Pair]) -> list[str]:
 
 
 def is_in_history(version: Version, root: Path) -> bool:
-    """Return whether a version is a commit in the history of HEAD. A run of MLflow is no commit."""
+    """Return whether a version is a commit in the history of HEAD."""
     if not isinstance(version.place, Commit):
         return False
     # git prints nothing if the history of HEAD has the commit.
@@ -192,12 +185,8 @@ def is_in_history(version: Version, root: Path) -> bool:
 
 
 def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
-    """Check out a version to the folder `tree`: its commit, uncommitted changes and parameters.
-
-    Return lines for the user, who decides whether the version may run: its commit, the files with uncommitted
-    changes, and the command of each stage.
-    """
-    # The checkout is another repository, so that code in the checkout can't change a branch of the project.
+    """Check out a version, and return lines that describe its code to the user."""
+    # The checkout is another repository, so its code can't change a branch of the project.
     no_hooks = ("-c", f"core.hooksPath={os.devnull}")
     git_text(root, "clone", "--quiet", "--shared", "--no-checkout", "--template=", str(root), str(tree))
     git_text(tree, *no_hooks, "checkout", "--quiet", "--detach", version.commit)
@@ -228,10 +217,7 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
 
 
 def _stage_commands(tree: Path) -> dict[str, str]:
-    """Return the command of each stage of the checkout, by the stage's name.
-
-    Raises OutsideFolder if a path in dvc.yaml leads out of the checkout.
-    """
+    """Return the command of each stage. Raises OutsideFolder if a path leads out of `tree`."""
     with open_repo(tree) as repo:
         for one in (*repo.index.outs, *repo.index.deps):
             name = os.path.relpath(one.fs_path, tree) if one.protocol == "local" else f"/{one.def_path}"
@@ -240,17 +226,14 @@ def _stage_commands(tree: Path) -> dict[str, str]:
 
 
 def _copy_downloads(root: Path, tree: Path) -> None:
-    """Give the checkout the downloaded files of the project, as hard links: no stage changes these files."""
+    """Link the downloaded files of the project into the checkout. No stage changes them."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=os.link)
 
 
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
-    """Restore the outputs of the download stage from DVC's cache or remote, so that DVC skips the stage.
-
-    Return whether all outputs were restored. If not, DVC runs the download stage.
-    """
+    """Restore the outputs of the download stage. Return False if one is missing."""
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.transfer import transfer
@@ -266,7 +249,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
             sources.append(project.cloud.get_remote_odb())
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
-            # `shallow=False` also copies the files in folders. `verify=True` refuses files with a wrong hash.
+            # `shallow=False` copies the files of folders. `verify=True` refuses wrong hashes.
             with suppress(Exception):  # each kind of remote raises its own exceptions
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
         write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is valid YAML
@@ -282,7 +265,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
 
 
 def _run_dvc(tree: Path) -> int:
-    """Run `dvc repro` in the checkout with this Python and the checkout's code, and return the exit code."""
+    """Run `dvc repro` in the checkout, and return its exit code."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
         **kept,
@@ -292,20 +275,18 @@ def _run_dvc(tree: Path) -> int:
         "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}",
     }
     words = [sys.executable, "-m", "dvc", "repro"]
-    # stdout=2: DVC's messages go to stderr, because the command prints its result to stdout.
+    # stdout=2: stdout is for the result, so DVC prints to stderr.
     done = subprocess.run(words, cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False)
     return done.returncode
 
 
 def compare_hashes(version: Version, second: Version, environment: dict[str, Pair]) -> Result:
-    """Compare the dvc.lock of a version with the dvc.lock of its second run, and return the verdict.
+    """Compare the outputs of a version with those of its second run.
 
     - IDENTICAL: every output has the recorded hash.
-    - ROUNDING: code, parameters and data are equal, and no loss differs by more than LOSS_TOLERANCE. But the
-      processor, a setting or a package that can change rounding differs.
+    - ROUNDING: code and parameters are equal, and `environment` has a difference that can change rounding.
+      No loss differs by more than LOSS_TOLERANCE.
     - DIFFERENT: all other cases.
-
-    `environment` is the result of `differences_here`.
     """
     old, new = version.chain.entries, second.chain.entries
     known = [stage for stage in version.chain.stages if stage in old]
@@ -324,7 +305,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
-    # Rounding can change outputs, and so the inputs of later stages, but not code or parameters.
+    # Rounding changes outputs and so the inputs of later stages.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict = DIFFERENT
@@ -338,10 +319,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
 
 
 def _first_change(old: Entry, new: Entry | None) -> str:
-    """Return what differs between a stage's first run and its second run: params, code, inputs or outs.
-
-    `old` and `new` are what dvc.lock has for the stage after the first run and after the second run.
-    """
+    """Return what differs between a stage's two runs: params, code, inputs or outs."""
     if new is None:
         return "not run again"
     if outs(old) == outs(new):
@@ -355,10 +333,7 @@ def _first_change(old: Entry, new: Entry | None) -> str:
 
 
 def _loss_differences(path: str, old: Place, new: Place) -> Iterator[tuple[float, str]]:
-    """Yield the relative difference and the name of each loss in the report `path` of two versions.
-
-    If a version has no such report, yield the difference 1.0.
-    """
+    """Yield the relative difference and the name of each loss; 1.0 if a report is missing."""
     contents = old.read(path), new.read(path)
     if None in contents:
         yield 1.0, path
