@@ -22,7 +22,7 @@ ADAM_MOMENTS = 2
 # and values (3), the output of attention (1), input and output of the GELU (8).
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
-MEASUREMENTS = 10  # `measure_flops` times this many matrix products; the shortest time counts
+MEASUREMENTS = 10  # number of matrix products that `measure_flops` times; the shortest time counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:

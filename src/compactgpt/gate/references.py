@@ -45,7 +45,7 @@ _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generate
 class _Rows(Section):
     columns: tuple[str, ...]
     of: int  # number of documents in the complete val split
-    rows: tuple[str, ...]  # the values of the columns for one document, with spaces between them
+    rows: tuple[str, ...]  # one text per document: its values, with spaces between them
 
 
 class _Reference(Section):
