@@ -90,7 +90,7 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator that yields the new text of each sample after each step.
+        """Return an iterator that yields, after each step, the text that the step added to each sample.
 
         With temperature 0, each token is the most probable one. The same arguments give the same text.
         Raises BadConfig if the model can't generate text, or if an argument is too small.

@@ -47,7 +47,7 @@ class SweepGroup(Section):
     seeds: tuple[int, ...] = ()  # the seed of each run; empty: a single run, with the seed of params.yaml
     start: Name | None = None  # name of an earlier run of this sweep, from whose weights these runs start
     train_documents: int | None = None  # number of train documents, spread evenly over the split; None: all
-    train_source: str | None = None  # train only on the documents of this distribution, such as `torch`
+    train_source: str | None = None  # train only on the documents of this Python package, such as `torch`
 
 
 class Expected(Section):
@@ -65,7 +65,7 @@ class Comparison(Expected):
 
     ours: Name
     theirs: Name
-    source: str | None = None  # score only the val documents of this distribution
+    source: str | None = None  # score only the val documents of this Python package
 
 
 class TextComparison(Expected):

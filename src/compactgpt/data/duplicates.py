@@ -108,7 +108,7 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
         words = word_hashes(document.text)
         runs = run_hashes(words, params.shingle_words)
         if not len(runs):
-            # The words of a shorter document are hashed together.
+            # A document with fewer words has no run: all its words are hashed together.
             # A document without words gets the hash of its id, so it is similar to no other.
             runs = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
         shingles.append(runs)
@@ -235,7 +235,7 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
         document: row number in `corpus.documents`
         runs: number of different runs of words in the document
         seen: number of these runs that are also in train
-        twin: row number of the train document that has most of these runs, or -1
+        twin: row number of the train document with the largest number of these runs, or -1
         score: `seen` / `runs`
     """
     import pandas as pd

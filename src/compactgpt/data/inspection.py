@@ -144,7 +144,7 @@ def _count_repetition(
         "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # divided by the number of val documents
         "runs": int(overlap["runs"].sum()),
         "runs_in_train": int(overlap["seen"].sum()),
-        # `find_overlap` can't compare a document with fewer than `overlap_words` words.
+        # A document with fewer than `overlap_words` words has no run that `find_overlap` can find.
         "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
     }
 

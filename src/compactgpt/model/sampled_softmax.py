@@ -45,7 +45,7 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
     """Return the probability that a sample of the vocabulary has each token. (V,) -> (V,).
 
     `counts` is how often each token occurs in the train split. A probability is min(1, c (count + 1)^power).
-    The factor c gives a sample `size` tokens on average. Mikolov et al. 2013 use the power 0.75.
+    A sample has `size` tokens on average, which fixes c. Mikolov et al. 2013 use the power 0.75.
     """
     if size >= len(counts):
         return np.ones(len(counts))

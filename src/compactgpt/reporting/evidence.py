@@ -379,7 +379,7 @@ def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidenc
 
 
 def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's perplexity divided by a baseline's, paired by document."""
+    """Yield the compact model's perplexity divided by a baseline's. Their losses are paired by document."""
     compact = sources.compact
     ours = compact.totals
     scored = ours.tokens > 0

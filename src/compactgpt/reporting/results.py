@@ -83,7 +83,7 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
     changes = experiments.apply(name, root / "params.yaml", conf=conf, write=False)
     if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
         raise BadConfig(
-            f"params.yaml is not the experiment {name}, which has\n  "
+            f"params.yaml differs from the experiment {name}, which sets\n  "
             + "\n  ".join(other)
             + f"\nrun `compactgpt experiment apply {name}` and `dvc repro` first"
         )

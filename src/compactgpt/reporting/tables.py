@@ -9,7 +9,7 @@ from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.templating import Language, load_messages, translate
 
 Record = Mapping[str, Any]
-Item = Mapping[str, Any]  # a value of the record: the fields of `Evidence`
+Item = Mapping[str, Any]  # a value in reports/evidence.json: the fields of `Evidence`
 
 # Table -> its columns. The table `note` is the table of the checked note.
 COLUMNS = {
@@ -76,12 +76,12 @@ class Cell:
     """A cell of a table."""
 
     text: str
-    id: str = ""  # id of the value in the record, or "" if there is none
+    id: str = ""  # id of the value in reports/evidence.json, or ""
     note: str = ""  # a second line below the text
 
 
 class View:
-    """The values, claims and messages of a record, formatted in one language."""
+    """The values, claims and messages of a record (reports/evidence.json), formatted in one language."""
 
     def __init__(self, record: Record, language: Language = "en") -> None:
         self.record, self.language = record, language
