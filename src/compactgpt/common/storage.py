@@ -41,7 +41,7 @@ def make_folder(folder: Path) -> None:
 def temporary_path(path: Path, suffix: str = "tmp") -> Path:
     """Return a temporary path next to `path`.
 
-    Temporary files that killed processes left there are deleted.
+    The temporary files of killed processes there are deleted.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         match = _LEFTOVER.fullmatch(leftover.name.removeprefix(f".{path.name}"))
@@ -226,8 +226,8 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a folder's manifest, and do not check the files.
 
-    It has the `facts` of `atomic_folder`. Its key `files` maps each path to `bytes` and `sha256`. Raises
-    MissingInput if there is no manifest, and BadData if it is not valid.
+    A manifest has the `facts` that were passed to `atomic_folder`. Its key `files` maps each path to `bytes`
+    and `sha256`. Raises MissingInput if there is no manifest, and BadData if it is not valid.
     """
     path = folder / MANIFEST
     manifest: dict[str, Any] = read_json(path)

@@ -87,7 +87,7 @@ class Sweep(Section):
 class Form:
     """A form of the scaling law: a sum of terms such as A / N^a.
 
-    The logarithm of a term is a weighted sum of constants: log(A / N^a) = 1 log A - log N a. `factors`
+    The logarithm of a term is a weighted sum of constants: log(A / N^a) = 1 * log A + (-log N) * a. `factors`
     returns the weights of all constants in each term.
     """
 

@@ -173,7 +173,7 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
 
 
 def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """Return `params` without keys that begin with a prefix in `without`, and without unused baselines."""
+    """Leave out the keys that begin with a prefix in `without`, and the keys of unused baselines."""
     names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # `params` has lists as JSON
     in_use = tuple(f"baseline.specs.{name}." for name in names)
     acting = {key: value for key, value in params.items() if not key.startswith(without)}

@@ -75,7 +75,7 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
 
     @pass_context
     def message(context: Mapping[str, Any], key: str, **values: Any) -> Markup:
-        """Return a message of the template's `view` as markup, with escaped values in its placeholders."""
+        """Return the message `view.words[key]` as markup. The values in its placeholders are escaped."""
         view = context["view"]
         template = str(environment.filters["marked"](view.words[key]))
         escaped = {name: finalize(value) for name, value in {**view.facts, **values}.items()}

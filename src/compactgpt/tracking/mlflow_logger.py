@@ -248,7 +248,7 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
 
 
 def _record_unrun(root: Path, current: dict[str, str]) -> bool:
-    """Log a run with this dvc.lock if it is missing; return whether one exists."""
+    """Log a run with this dvc.lock if MLflow has none. Return whether MLflow has such a run now."""
     place, store = Folder(root), open_store(root, current)
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
     with store_errors(current["uri"]):

@@ -126,7 +126,7 @@ def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Call
 @contextmanager
 def _temporary_folder(root: Path) -> Iterator[Path]:
     """Create a folder for a `with` block, and delete the folder after the block."""
-    # `temporary_path` also deletes the folders that killed processes left.
+    # `temporary_path` also deletes the old folders of killed processes.
     folder = temporary_path(root / ".state/reproductions/run")
     folder.mkdir(parents=True)
     try:

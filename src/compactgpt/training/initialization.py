@@ -107,10 +107,10 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 
 @torch.no_grad()
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
-    """Change random weights: the first logits get near the tokens' log frequencies.
+    """Change random weights so that the first logits are near the tokens' log frequencies.
 
-    The function adds a * u to each position embedding, where u is a vector of length 1.
-    a is `strength` times r, the length of the residual stream without a * u.
+    Let u be a vector of length 1, r the length of the residual stream, and a = `strength` * r.
+    The function adds a * u to each position embedding.
     The last layer norm changes a * u to b * u, with b = sqrt(C) a / sqrt(a^2 + r^2).
     The function adds (log frequency / b) * u to each token embedding, which is the token's row of the head.
     The dot product of this row with b * u adds the log frequency to the token's logit.

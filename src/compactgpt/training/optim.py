@@ -93,7 +93,7 @@ def newton_schulz(
 
 
 class EmbeddingRows(NamedTuple):
-    """The rows of the token embedding that one step trains, if not all."""
+    """The rows of the token embedding that one step trains. Only a step with a sampled softmax has them."""
 
     ids: Tensor  # (K,) int64, all different
     values: nn.Parameter  # (K, C) a copy of the rows, which gets the gradient
