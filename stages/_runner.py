@@ -107,7 +107,7 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, {})  # empty for a stage that dvc.yaml does not have
-            # Read before `load_params`: `_require_unchanged` must see all later changes.
+            # Hashes are read before `load_params`: then `_require_unchanged` notices each later change.
             hashed, files = _read_params(definition), _read_files(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())

@@ -68,7 +68,7 @@ class Model:
 
     name: str
     language_model: LanguageModel
-    encoding: "tiktoken.Encoding"  # the project's tokenizer; `score` counts its tokens for every model
+    encoding: "tiktoken.Encoding"  # the project's tokenizer; losses are per token of it
 
     @property
     def window(self) -> int:

@@ -1,6 +1,6 @@
 """Read the beginning of the user's own text, and propose values of params.yaml.
 
-`dvc add` copies other text into the folder corpus/, since DVC watches only this folder. If there is more text
+`dvc add` copies text from other folders into corpus/, the only folder that DVC watches. If there is more text
 than SAMPLE_BYTES, the numbers of documents and tokens are estimates.
 """
 

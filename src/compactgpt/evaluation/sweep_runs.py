@@ -98,7 +98,7 @@ class SweepRunner:
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the sweep in `path`, without runs if its corpus or settings differ."""
+        """Return the sweep in `path`; an empty sweep if the file has another corpus or other settings."""
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),

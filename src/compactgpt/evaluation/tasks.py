@@ -139,7 +139,7 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
-    """Return an array, (T, 3), for the T tokens of each passage's last word.
+    """Return an array for each passage, (T, 3): a row for each of the T tokens of its last word.
 
     Column 0: the nats of the token.
     Column 1: 1 if the token is the most probable token, else 0.

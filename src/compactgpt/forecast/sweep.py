@@ -201,7 +201,7 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
     """Return the loss that the fitted law predicts for a run, with intervals.
 
-    The intervals contain the spread of the bootstrapped constants, and the errors `misses` for larger runs.
+    The intervals include the spread of the bootstrapped constants, and the law's errors for larger runs.
     """
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)

@@ -120,7 +120,8 @@ def _add_rounded_chunk(
 
     `e`, (R, V), is a buffer for e_j = exp(z_j - z_t), where z are a token's logits, and t is its target.
     Let s be the sum of a token's e_j. Then its cross-entropy is log(s).
-    The gradient of z_j is (e_j - s [j = t]) / s. The (R, C) matrices are divided by s, not the larger `e`.
+    The gradient of z_j is (e_j - s [j = t]) / s. To save time, the (R, C) matrices are divided
+    by s, and the larger matrix `e` is not.
     """
     s = exponentials(x, weight, targets, e)  # (R,)
     target_gradients = 1 - s  # e_t - s, where e_t = exp(z_t - z_t) = 1

@@ -13,8 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # A tile has ROWS x COLUMNS exponentials; tl.dot multiplies INNER channels at once.
 ROWS, COLUMNS, INNER = 128, 256, 64
-# The kernel computes GROUP rows of tiles at a time, column after column. Their rows of `x` fit into the L2
-# cache.
+# The kernel computes GROUP rows of tiles, then the next GROUP: so few rows of `x` fit into the L2 cache.
 GROUP = 64
 
 

@@ -26,7 +26,7 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import find_directions
 
-# The demo's model, trained with nanoGPT's recipe on the same number of tokens.
+# An experiment: the demo's model, trained with nanoGPT's recipe on as many tokens as the demo.
 RECIPE = "nanogpt-recipe"
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 

@@ -240,9 +240,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return tags with the hashes of dvc.lock and weights, and the token files.
+    """Return two values: tags with hashes of dvc.lock and weights, and data sets for `Journal.inputs`.
 
-    The token files are data sets for `Journal.inputs`. `made` maps the path of each output to its MD5.
+    The data sets are the token files. `made` maps the path of each output to its MD5.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):
