@@ -121,8 +121,8 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the hidden states after the last layer norm. (B, T) int64 -> (B, T, C).
 
-        Without `table`, `tokens` are token ids. A `table` has some rows of `wte.weight`; then `tokens` are row
-        numbers in `table`. Raises ValueError if T is larger than block_size.
+        Without `table`, `tokens` are token ids. A `table` has some rows of `wte.weight`; then `tokens` are
+        row numbers in `table`. Raises ValueError if T is larger than block_size.
         """
         T = tokens.shape[1]
         table = self.wte.weight if table is None else table
