@@ -1,7 +1,6 @@
 """The claims of the note *Performance de NanoGPT Compact contre GPT-2*, and their verdicts.
 
-A claim is an interval. Evidence inside the interval supports the claim, and evidence outside contradicts the
-claim. Evidence that only overlaps the interval decides nothing.
+Evidence inside the interval of a claim supports the claim.
 """
 
 import math
@@ -50,8 +49,7 @@ class ByEvidence(Section):
 class ByAgreement(Section):
     """How to judge a claim: check whether claims of the note agree.
 
-    With `through: logarithm`, `of` names a perplexity and its loss. With `through: ratio`, `of` names two
-    perplexities and their ratio.
+    `of` has ids of claims: (perplexity, loss) for `logarithm`, (perplexity, perplexity, ratio) for `ratio`.
     """
 
     by: Literal["agreement"]

@@ -1,7 +1,6 @@
-"""Build the record, reports/evidence.json, from reports, claims and published values.
+"""Build reports/evidence.json from reports, claims and published values.
 
-Pages, tables and plots show only values of the record. Most ids have the form `<model>.<quantity>` or
-`<model>.<corpus>.<quantity>`. The model `note` is the one that the checked note describes.
+Most ids have the form `<model>.<quantity>` or `<model>.<corpus>.<quantity>`.
 """
 
 from collections import Counter
@@ -100,11 +99,11 @@ def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[d
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:
     """Return a model's rows in the table of measured models.
 
-    The key `view` names the windows on which the model was measured:
-    - `matched`: the windows that all neural models share
-    - `own`: windows with the model's own maximum context
-    - `both`: the shared windows have the model's own maximum context
-    - `document`: none, the model is a compressor or an n-gram model
+    The key `view` names the windows:
+    - `matched`: shared by all neural models
+    - `own`: the model's maximum context
+    - `both`: shared, with the maximum context
+    - `document`: no windows
     """
     name, model = measured.name, measured.score.model
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}

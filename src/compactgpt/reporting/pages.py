@@ -1,7 +1,6 @@
-"""Render the record, reports/evidence.json, as HTML page, Markdown, CSV, model card and plots.
+"""Render reports/evidence.json as HTML page, Markdown, CSV, model card and plots.
 
-The HTML page is one file without scripts. Two radio buttons and CSS select the visible language. Each number
-links to its row in the page's last table.
+The HTML page is one file in two languages, without scripts.
 """
 
 import csv
@@ -42,7 +41,7 @@ _QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTA
 def render_files(record: Mapping[str, Any], language: Language) -> dict[str, bytes]:
     """Return a dict: name of a file in reports/ -> its content.
 
-    `language` is the language of Markdown and plots, and the page's first language.
+    `language` is the language of Markdown and plots.
     """
     content = json_bytes(record)
     record = json.loads(content)  # with sorted keys, like the record that `compactgpt verify` reads
@@ -112,10 +111,7 @@ def render_quoted_tables(record: Record) -> dict[str, str]:
 
 
 def replace_tables(page: str, tables: Mapping[str, str]) -> str:
-    """Replace the tables of a Markdown page by those in `tables` (name -> table).
-
-    A table whose name is missing in `tables` does not change.
-    """
+    """Return a Markdown page with the tables in `tables` (name -> table). Other tables do not change."""
 
     def replace(found: re.Match[str]) -> str:
         return f"{found[1]}\n{tables[found[2]]}\n{found[3]}" if found[2] in tables else found[0]
@@ -156,10 +152,7 @@ def render_model_card(record: Record) -> str:
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Return (text of the card, ""), or ("", reason) if the card is unusable.
-
-    A card is usable if it contains the hash of the weights in `model`.
-    """
+    """Return (text of the card, "") if the card has the hash of the weights in `model`, else ("", error)."""
     if not card.is_file():
         return "", f"{card} is missing: run `dvc repro comparison` to create it"
     text = card.read_text(encoding="utf-8")

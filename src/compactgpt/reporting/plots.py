@@ -1,6 +1,6 @@
-"""Draw the plots of the record: PNG for DVC and MLflow, SVG for HTML.
+"""Draw the plots of reports/evidence.json: PNG for DVC and MLflow, SVG for HTML.
 
-SVG uses the CSS variables of the page as colours. Equal records give equal bytes.
+Equal inputs give equal bytes.
 """
 
 import io

@@ -1,7 +1,6 @@
-"""Trace a value of the record to its code, input files and commit.
+"""Trace a value of reports/evidence.json to its code, input files and commit.
 
-Identical runs write identical reports, so reports contain no commit and no run id. They contain the hash of
-the stage's code.
+The code is identified by a hash.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ RECORD = Path("reports/evidence.json")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return a dict: stage -> hash of its code, the Python files among its dependencies.
+    """Return a dict: stage -> hash of its Python files.
 
     The hash is the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
     """

@@ -1,8 +1,6 @@
-"""The results store: the measured values of each finished experiment, in results/<experiment>.json.
+"""The measured values of finished experiments, in results/<experiment>.json.
 
-`compactgpt experiment record NAME` copies the values of a run into results/NAME.json. There, `compact.loss`
-becomes `NAME.loss`, and `gpt2.loss` becomes `gpt2.NAME.loss`. The stage `comparison` adds these values to
-reports/evidence.json.
+The stage `comparison` adds these values to reports/evidence.json.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,8 +73,7 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
     """Write the values of an experiment's run to results/NAME.json and return the path.
 
-    Raises BadConfig if `name` is a sweep, or if params.yaml, the experiment and reports/ differ. Raises
-    MissingInput if a report is missing.
+    Raises BadConfig if params.yaml, the experiment and reports/ differ, MissingInput if a report is missing.
     """
     if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")

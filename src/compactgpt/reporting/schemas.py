@@ -1,7 +1,4 @@
-"""Schemas of the reports that `comparison` and `compactgpt gate` read, and their readers.
-
-A schema has only the fields that are used. Errors name the command that repairs a report.
-"""
+"""Schemas and readers of the reports that `comparison` and `compactgpt gate` read."""
 
 import csv
 from collections.abc import Iterable
@@ -296,7 +293,7 @@ def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
 def read_curve(path: Path) -> list[dict[str, float | None]]:
     """Return the rows of the loss curve, with None for losses that were not measured.
 
-    Raises MissingInput if the file is missing, BadData if it is damaged.
+    Raises MissingInput or BadData.
     """
     keys = ("step", "train_loss", "val_loss")
     try:
@@ -312,8 +309,7 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
 def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Params) -> Sources:
     """Read all inputs of reports/evidence.json.
 
-    Raises MissingInput if a file is missing. Raises BadConfig if claims.yaml, published.yaml or a file in
-    results/ is not valid. Raises BadData if a report is damaged, or if two reports score different documents.
+    Raises MissingInput, BadConfig or BadData if an input is missing, not valid or damaged.
     """
     compact, *baselines = _read_scores(reports, data, params.baseline.names)
     if recipe_run := _read_sweep(root, RECIPE, compact):

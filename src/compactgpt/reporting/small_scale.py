@@ -1,7 +1,6 @@
 """Compare small runs with the directions of effects that the checked note claims.
 
-The runs are in results/small-scale.json, the directions in conf/experiments/small-scale.yaml. No verdict
-depends on them. The interval of a perplexity ratio includes the uncertainty from val documents and seeds.
+The runs are in results/small-scale.json.
 """
 
 import math
@@ -31,12 +30,7 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 def find_directions(root: Path) -> list[dict[str, Any]]:
     """Return what the small runs show: one dict for each claim of each comparison.
 
-    The outcome in a dict is one of these:
-    - `same way`: the effect has the claimed direction.
-    - `other way`: the effect has the opposite direction.
-    - `no effect found`: the interval contains the value that means no effect.
-
-    The list is empty unless the sweeps `small-scale` and `seeds` have equal recipes and documents.
+    The outcome is `same way` as the claim, `other way` or `no effect found`.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -71,10 +65,9 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return half the width of the 95 % interval of a difference between means.
+    """Return half the width of the 95 % interval of a difference between means of `ours` and `theirs` runs.
 
-    `losses`, (runs,), are from runs that differ only in their seed. The means are over `ours` and
-    `theirs` runs.
+    `losses`, (runs,), are from runs that differ only in their seed.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)
@@ -83,7 +76,7 @@ def seed_margin(losses: Any, ours: int, theirs: int) -> float:
 def widen(interval: Interval, margin: float) -> Interval:
     """Widen the interval of a ratio by a second, independent error.
 
-    `margin` is the error's half width for the logarithm of the ratio. The squared half widths are added.
+    `margin` is the error's half width for the logarithm of the ratio.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -110,7 +103,7 @@ def text_difference(
 ) -> Interval | None:
     """Return a metric's mean difference, first minus second text, with Student's 95 % interval.
 
-    Pairs with a text that is too short are left out. The result is None if fewer than two pairs remain.
+    Returns None if fewer than two pairs are usable.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]

@@ -167,9 +167,9 @@ class View:
         return self.words["none"] if count is None else localized(f"{count:,.0f}", self.language)
 
     def value(self, name: str) -> str:
-        """Format the value with the id `name`, or return a dash if it is missing.
+        """Format the value with the id `name`.
 
-        A perplexity that is too large for a float is shown as `not defined`.
+        Returns a dash if the value is missing, `not defined` if a perplexity is too large.
         """
         if name in self.evidence:
             return self.show(self.evidence[name])
@@ -208,9 +208,9 @@ class View:
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
-        """Return how many claims of the note hold, do not hold, and so on.
+        """Return how many claims of the note hold or do not hold.
 
-        On the user's own corpus, return the ranking of the compact model.
+        On the user's own corpus, return the compact model's ranking.
         """
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
@@ -236,10 +236,7 @@ class View:
         return f"{number} {self.translate('verdicts', verdict)}"
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return the groups of GROUPS that have claims: (name, number of claims, text).
-
-        The text counts the claims by verdict, such as `3 confirmed, 2 supported`.
-        """
+        """Return groups with claims: (name, number of claims, text such as `3 confirmed, 2 supported`)."""
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
             present = [verdict for verdict in verdicts if tally.get(verdict)]

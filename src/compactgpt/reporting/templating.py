@@ -1,6 +1,6 @@
 """The reports' messages in English and French, and Jinja2 environments for HTML and Markdown.
 
-The environments escape all values, but not the messages in templates/en.yaml and fr.yaml.
+The environments escape values, not messages.
 """
 
 import re

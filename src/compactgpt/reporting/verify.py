@@ -1,7 +1,6 @@
-"""Check that the project's files match their inputs: `compactgpt verify`.
+"""Check that the project's files match dvc.lock: `compactgpt verify`.
 
-Files, commands and parameters must match dvc.lock. Estimate, scores, record and rendered files are computed
-again and compared. Files that `dvc pull` has not downloaded are reported as unchecked.
+Estimate, scores and rendered files are computed again and compared.
 """
 
 import json
