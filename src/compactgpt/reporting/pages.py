@@ -41,7 +41,7 @@ _QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTA
 def render_files(record: Mapping[str, Any], language: Language) -> dict[str, bytes]:
     """Return a dict: name of a file in reports/ -> its content.
 
-    `language` is the language of Markdown and plots.
+    `language` is that of Markdown and plots, and the page's first language.
     """
     content = json_bytes(record)
     record = json.loads(content)  # with sorted keys, like the record that `compactgpt verify` reads

@@ -73,7 +73,8 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
     """Write the values of an experiment's run to results/NAME.json and return the path.
 
-    Raises BadConfig if params.yaml, the experiment and reports/ differ, MissingInput if a report is missing.
+    Raises BadConfig for a sweep, or if params.yaml, the experiment and reports/ differ. Raises MissingInput
+    if a report is missing.
     """
     if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
