@@ -1,8 +1,6 @@
 """Write and read journals: local files with everything that a stage logs.
 
-Each `dvc` process or stage started by hand has a run folder in `.state/tracking/`. It has a journal for each
-stage. Its folder `before/` has copies of the project's files before the run. Each line of a journal is a JSON
-object. Its `kind` is start, params, tags, metrics, inputs, artifact or end.
+Each line is a JSON object with a `kind`, such as `params`.
 """
 
 import functools
@@ -66,10 +64,9 @@ def without_password(text: str) -> str:
 
 
 def tracking_store() -> dict[str, str]:
-    """Return the `uri`, `experiment` and `experiment_id` of the MLflow store to use.
+    """Return the `uri`, `experiment` and `experiment_id` of the MLflow store.
 
-    They come from MLflow's environment variables, or are defaults. Raises BadConfig if MLFLOW_TRACKING_URI is
-    not the address of a server or a database.
+    Raises BadConfig if MLFLOW_TRACKING_URI is not the address of a server or a database.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     scheme = uri.partition("://")[0].partition("+")[0]
@@ -138,8 +135,7 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the token files as data sets for `Journal.inputs`.
 
-    `files` is the mapping `files` of a manifest. `contexts` maps each split to its use in MLflow, such as
-    `training`.
+    `files` comes from a manifest. `contexts` maps each split to its use, such as `training`.
     """
     found = []
     for split, context in contexts.items():
@@ -150,9 +146,9 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
 
 
 def process_facts() -> dict[str, Any]:
-    """Return the host, the id and the start time of this process.
+    """Return the host, id and start time of this process.
 
-    The key `pipeline` describes the `dvc` process that started it, if there is one.
+    The key `pipeline`, if present, describes the `dvc` process above this process.
     """
     import psutil
 
@@ -301,9 +297,9 @@ class JournalFile:
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Return whether the process with this `pid` and start time still runs.
+    """Return whether the process still runs.
 
-    `created` is the start time in seconds: a later process may reuse the `pid`.
+    The keys of `process` are `pid` and `created`, its start time in seconds since 1970.
     """
     import psutil
 

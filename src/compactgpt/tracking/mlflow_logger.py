@@ -1,7 +1,6 @@
 """Copy the journals of a run folder to MLflow in a child process.
 
-The pipeline's run is the MLflow run of a `dvc` process. It is the parent of the runs of the stages. If MLflow
-fails, `compactgpt sync` copies the rest later.
+The run of a `dvc` process is the parent of its stages' runs.
 """
 
 import hashlib
@@ -172,7 +171,7 @@ class Logger:
 def follow(folder: RunFolder) -> None:
     """Copy the new lines of a run folder until everything is copied.
 
-    After an error of MLflow, it tries again. It gives up PATIENCE_SECONDS after the runs ended.
+    Stops early if MLflow fails for PATIENCE_SECONDS after the runs ended.
     """
     logger, reported, last_work = None, "", time.monotonic()
     with folder.locked() as is_alone:
@@ -198,8 +197,7 @@ def follow(folder: RunFolder) -> None:
 def sync(root: Path) -> str:
     """Copy all ended runs to MLflow and return the current store's address.
 
-    If that store has no finished run with this dvc.lock, it gets one. The first error is raised after the
-    other runs are copied.
+    Logs a run for dvc.lock if none exists. Raises the first error at the end.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")

@@ -1,6 +1,6 @@
-"""Read the run folder of a `dvc` process and find each stage's outcome.
+"""Read the run folder of a `dvc` process and find the outcome of each stage.
 
-A stage that DVC skips has no journal. So the outcomes are read from dvc.lock after the process has ended.
+Stages that DVC skips appear only in dvc.lock.
 """
 
 import csv
@@ -166,11 +166,11 @@ def find_outcome(
     """Return the status of a `dvc` process and the outcome of each stage.
 
     Args:
-        place: the project's files after the process, in a folder or a commit.
-        before: the project's files before the first stage.
-        journals: the journals of the stages that ran.
-        command: the `dvc` command. If it names stages, only these must succeed.
-        tree: the work tree with code and data, or None if `place` is a commit.
+        place: the files after the process.
+        before: the files before the process.
+        journals: one for each stage that ran.
+        command: the `dvc` command.
+        tree: the work tree, or None for a commit.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -240,9 +240,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return two values: tags with hashes of dvc.lock and weights, and data sets for `Journal.inputs`.
+    """Return tags with the SHA-256 of dvc.lock and weights, and data sets for `Journal.inputs`.
 
-    The data sets are the token files. `made` maps the path of each output to its MD5.
+    `made` maps the path of each output to its MD5.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):
@@ -255,7 +255,7 @@ def hashes(
 
 
 def describe(command: str, found: Outcome, links: Mapping[str, str]) -> str:
-    """Describe a pipeline's run in Markdown, with a table of its stages.
+    """Describe a pipeline's run in Markdown, with a table of stages.
 
     `links` maps a stage to a link to the run that made its outputs.
     """

@@ -37,14 +37,14 @@ class Version:
 
 
 def find_version(root: Path, wanted: str, scratch: Path) -> Version:
-    """Return the version with the name `wanted`.
+    """Return the run, commit or workspace named `wanted`.
 
     Args:
         root: the repository.
-        wanted: the start of an MLflow run's id, a git revision, a DVC experiment, or `workspace`.
-        scratch: an empty folder for the files of an MLflow run.
+        wanted: an MLflow run id, git revision, DVC experiment or `workspace`.
+        scratch: an empty folder.
 
-    Raises BadConfig if no version or several runs have the name, and MissingInput if a file is missing.
+    Raises BadConfig for an unknown or ambiguous name, and MissingInput for a missing file.
     """
     if wanted == WORKSPACE:
         if not (root / CHAIN).exists():
@@ -99,9 +99,9 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
 
 
 def parse_versions(requirements: str) -> dict[str, str]:
-    """Return the version of each package by name, from the lines of a requirements file.
+    """Return the version number of each package for this machine in a requirements file.
 
-    Packages for other machines are left out. The version 2.13.0+cpu becomes 2.13.0.
+    The number 2.13.0+cpu becomes 2.13.0.
     """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name

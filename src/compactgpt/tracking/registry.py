@@ -25,8 +25,7 @@ PIPELINE_RUN = "pipeline_run"  # tag of a model version; its value is the id of 
 def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: str, val: str) -> str:
     """Log the trained model of a pipeline's run and return the model's id.
 
-    A model with the same weights is not logged again. `weights` and `val` are the SHA-256 of the weights and
-    the val split.
+    `weights` and `val` are the SHA-256 of the weights and val split.
     """
     from mlflow.entities import Metric
 
@@ -96,11 +95,10 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
 
 
 def promote(store: Store, weights: str, reason: str = "") -> str:
-    """Register the model with these weights as the champion, and return its version number.
+    """Register the model with the SHA-256 `weights` as champion and return its version number.
 
-    `weights` is their SHA-256. A `reason` allows a model whose configuration differs from the champion's.
-    Raises MissingInput if MLflow lacks the model, and CheckFailed if the configuration differs without a
-    reason.
+    Raises MissingInput for an unknown model, and CheckFailed if its configuration differs from the champion's
+    and `reason` is empty.
     """
     import mlflow
 
@@ -132,10 +130,9 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
 
 
 def download_model(uri: str, folder: Path) -> Path:
-    """Download a model from MLflow and return its folder in Hugging Face's format.
+    """Download a model into an empty folder and return its folder in Hugging Face's format.
 
-    `uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`.
-    `folder` must be empty. Raises MissingInput if MLflow has no model with this URI.
+    `uri` is, for example, `models:/NAME@ALIAS`. Raises MissingInput for an unknown URI.
     """
     address = tracking_store()["uri"]
     if address == DEFAULT_URI and not Path("mlflow.db").exists():

@@ -76,7 +76,7 @@ class Store:
     def create(self, tag: str, value: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
         """Return the id of the run with this tag, and create a missing run.
 
-        `time_ms` is the start of a new run, in milliseconds since 1970.
+        `time_ms` is the start time in milliseconds since 1970.
         """
         from mlflow.tracking.context.registry import resolve_tags
 
@@ -126,10 +126,9 @@ class Store:
 
 
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
-    """Open a tracking store, and create a missing SQLite database or experiment.
+    """Open the tracking store `wanted`, or the result of `tracking_store`.
 
-    `wanted` is a result of `tracking_store`; by default, it is called here. Raises Unreachable if the server
-    or the database fails.
+    Creates a missing SQLite database or experiment. Raises Unreachable if MLflow fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
