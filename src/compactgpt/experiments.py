@@ -1,7 +1,6 @@
-"""Named experiments: files of settings that this module writes into params.yaml, which DVC reads.
+"""Named experiments: files of settings for params.yaml, `conf/experiments/<name>.yaml`.
 
-`conf/experiments/<name>.yaml` has the values that an experiment sets. The values of `demo.yaml` are set
-first, so no value of an earlier experiment remains. `evaluation.sweep_runs` trains the runs of a `sweep`.
+The settings of `demo.yaml` are written first, then those of the experiment.
 """
 
 import copy
@@ -183,8 +182,7 @@ def edit_params(
 ) -> tuple[str, list[str]]:
     """Return the changed text of params.yaml, and a line for each value that differs.
 
-    Comments and layout do not change. `source` names the changed file in messages. Raises BadConfig if the
-    file is not valid before or after the change.
+    `source` names the file in messages. Raises BadConfig if the old or the new text is not valid.
     """
     before = _read_tree(params_file)
     yaml = YAML()

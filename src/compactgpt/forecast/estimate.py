@@ -1,8 +1,4 @@
-"""Estimate a training run from params.yaml: size, tokens, FLOPs, memory, time and expected loss.
-
-Three methods predict the loss: the rule `scaling_laws.expect_loss`, the same rule with calibrated intervals
-(`scaling_laws.Calibration`), and a law fitted to our own sweep (`forecast.sweep`).
-"""
+"""Estimate a training run from params.yaml: size, tokens, FLOPs, memory, time and expected loss."""
 
 import math
 import textwrap
@@ -18,18 +14,18 @@ from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, sweep_re
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# Vectors of n_embd numbers that a block keeps per token for the backward pass: layer norms (4), queries, keys
-# and values (3), the output of attention (1), input and output of the GELU (8).
+# Vectors of n_embd numbers that a block keeps per token for the backward pass:
+# layer norms 4, queries, keys and values 3, attention output 1, GELU 8.
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
 MEASUREMENTS = 10  # number of matrix products that `measure_flops` times; the shortest time counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
-    """Return the content of reports/estimate.json: estimates of two runs.
+    """Return the content of reports/estimate.json.
 
-    `compact` is the configured run. `note` is the run that the note describes, whose claims this project
-    checks. `ladder` is the prediction of the law that was fitted to `sweep`; null without a sweep.
+    `compact` is the configured run. `note` is the run of the note that this project checks. `ladder` is the
+    result of `sweep_report`; null without a sweep.
     """
     model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)

@@ -29,9 +29,8 @@ def count_parameters(model: Model) -> ParameterCounts:
 def flops_per_token(model: Model, training: Training | None = None) -> dict[str, int]:
     """Return the FLOPs of the forward and backward pass for one token.
 
-    `six_n` is 6N, with N in nanoGPT's convention. `with_attention` adds 12 L H Q T for L layers, H heads of
-    size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). With a sampled softmax, it counts only
-    `training.sample_tokens` rows of the head.
+    `six_n` is 6N in nanoGPT's convention. `with_attention` includes attention, and only the computed rows of
+    the head (Chowdhery et al. 2022, appendix B).
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

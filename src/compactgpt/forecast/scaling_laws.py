@@ -1,7 +1,6 @@
-"""Published scaling laws, a rule that predicts the loss of a run from these laws, and checks of the rule.
+"""Published scaling laws, and the rule `expect_loss`, which predicts the loss of a run from them.
 
-The rule is `expect_loss`. It was fixed before the first training. It uses reference runs: finished runs whose
-loss was measured. `estimate.anchors` in params.yaml lists them.
+The rule uses reference runs with a measured loss: `estimate.anchors` in params.yaml.
 """
 
 import math
@@ -44,10 +43,9 @@ class Law:
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss of `run` in nats per token, predicted by the scaled law.
+        """Return the loss of `run`, in nats per token.
 
-        The scaled law predicts the measured loss of the reference run `anchor` exactly. To scale the law, its
-        loss above the irreducible loss is multiplied by a factor.
+        The law is scaled: it gives the measured loss of the reference run `anchor` exactly.
         """
         reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
@@ -58,10 +56,7 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 
 
 def kaplan_loss(run: Run) -> float:
-    """Return L(N, S) = (Nc / N)^aN + (Sc / Smin)^aS (Kaplan et al. 2020, equation 1.6).
-
-    Smin = S / (1 + Bcrit / B), and the critical batch size Bcrit = Bstar / L^(1 / aB) (equation 1.4).
-    """
+    """Return the loss L = (Nc / N)^aN + (Sc / Smin)^aS (Kaplan et al. 2020, equations 1.4 and 1.6)."""
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
     loss: float = size_term + 1
@@ -117,15 +112,10 @@ LAWS = (
 
 
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
-    """Return the expected loss of a run, with intervals.
+    """Return the expected loss of a run, with intervals, in nats per token.
 
-    1. Each law is scaled to the reference run that is nearest in compute. Of two equally near runs, the one
-       with the same `optimizer` is used.
-    2. The 80 % interval is the range of the scaled laws' losses, wider by w on both sides; the 95 % interval
-       by 2 w.
-    3. w = (largest error of the unscaled laws at the largest reference run) x (decades of compute between
-       `run` and the nearest reference run, at least 1).
-    4. No end is above ln(vocab_size), the loss of a uniform guess.
+    Each law is scaled to the reference run nearest in compute. The 80 % interval is the range of the laws'
+    losses, widened.
     """
     # Distances are rounded: they count as equal if only their last bits differ.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
@@ -154,10 +144,7 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
 
 @dataclass(frozen=True)
 class Calibration:
-    """Checks of the rule `expect_loss`: each predicts a measured run from the other runs.
-
-    A check has a factor: the 80 % interval just contains the measured loss if it is this many times as wide.
-    """
+    """Checks of the rule `expect_loss`: each predicts a measured run from the other runs."""
 
     anchors: tuple[Anchor, ...]
     checks: tuple[dict[str, Any], ...]  # one row of reports/estimate.json for each measured run
@@ -165,8 +152,7 @@ class Calibration:
     def factor(self, share: float) -> float:
         """Return the factor with which the 80 % interval contains the share `share` of the measured losses.
 
-        It is the k-th smallest of the n factors of the checks, with k = ceil(share (n + 1)), at most n (split
-        conformal prediction, Papadopoulos et al. 2002).
+        Source: split conformal prediction (Papadopoulos et al. 2002).
         """
         ordered = sorted(check["factor"] for check in self.checks)
         rank = math.ceil(share * (len(ordered) + 1))

@@ -1,8 +1,6 @@
-"""Fit a scaling law for our own corpus to a sweep of small runs: `compactgpt experiment fit`.
+"""Fit a scaling law to a sweep of small runs: `compactgpt experiment fit`.
 
-The law is L(N, D) = E + A / N^a + B / D^b, in nats per token (Hoffmann et al. 2022, equation 2). N is the
-number of parameters in nanoGPT's convention, D the number of training tokens. Two forms of the law with
-fewer constants are fitted, too.
+The law is from Hoffmann et al. 2022, equation 2: N is the number of parameters, D of training tokens.
 """
 
 import hashlib
@@ -87,8 +85,7 @@ class Sweep(Section):
 class Form:
     """A form of the scaling law: a sum of terms such as A / N^a.
 
-    The logarithm of a term is a weighted sum of constants: log(A / N^a) = 1 * log A + (-log N) * a. `factors`
-    returns the weights of all constants in each term.
+    `factors` returns the weight of each constant in the logarithm of each term.
     """
 
     formula: str
@@ -123,9 +120,9 @@ FORMS: dict[FormName, Form] = {
 
 
 def _fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return the constants of the best of several fits, one from each of `starts`.
+    """Return the constants of the best fit, starting from each of `starts`.
 
-    A fit minimizes the Huber loss of the errors of log loss (Hoffmann et al. 2022, appendix D.2).
+    A fit minimizes a Huber loss (Hoffmann et al. 2022, appendix D.2).
     """
     from scipy.optimize import least_squares
     from scipy.special import softmax
@@ -153,7 +150,7 @@ def _rounded(value: float, digits: int = 9) -> float:
 def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     """Choose the form that predicts larger runs best, and fit it to all runs.
 
-    Raises BadData if the runs are too few, or have too few sizes or numbers of tokens.
+    Raises BadData if the runs are too few.
     """
     misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
     if not misses:
@@ -181,8 +178,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
     """Return log(measured / predicted loss) of the largest runs, predicted by a fit to the smaller runs.
 
-    First come the runs with most tokens, then the runs with most parameters. The list is empty if the smaller
-    runs are too few for a fit.
+    The list is empty if the smaller runs are too few.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -199,10 +195,7 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
 
 
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
-    """Return the loss that the fitted law predicts for a run, with intervals.
-
-    The intervals include the spread of the bootstrapped constants, and the law's errors for larger runs.
-    """
+    """Return the loss that the fitted law predicts for a run, with intervals, in nats per token."""
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
     losses = np.exp(log_losses[:, None] + np.array(fit.misses))  # (draws, misses)
@@ -253,9 +246,9 @@ def recipe(params: Params) -> dict[str, Any]:
 
 
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
-    """Return the section `ladder` of reports/estimate.json: the fit, and the expected loss.
+    """Return the section `ladder` of reports/estimate.json.
 
-    `expected_loss` is null if text or settings differ from the sweep's. Then `differs` names them.
+    `expected_loss` is null if text or settings differ from the sweep's; `differs` names them.
     """
     fit, run = sweep.fit, run_of(params.model, params.training)
     if fit is None:
@@ -275,10 +268,9 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
 
 
 def fit_sweep(path: Path, params_file: Path) -> str:
-    """Fit the law to the runs of a sweep, write the fit to their file, and return a summary.
+    """Fit the law to the runs in the file `path`, write the fit to this file, and return a summary.
 
-    The summary predicts the loss of the configured run. Raises MissingInput or BadConfig if `path` is not the
-    file of a sweep, and BadData if the runs are too few.
+    Raises MissingInput, BadConfig or BadData.
     """
     found, params = load_section(path, Sweep), load_params(params_file)
     fit = fit_runs(found.runs)

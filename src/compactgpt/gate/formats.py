@@ -82,9 +82,9 @@ def render_junit(verdict: Verdict) -> str:
 
 
 def _make_chart(curve: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
-    """Return the values for a Mermaid chart of the losses; None with fewer than two steps.
+    """Return the values for a Mermaid chart of the losses, interpolated at equal distances.
 
-    The curves are interpolated: Mermaid's `xychart` needs points at equal distances.
+    None with fewer than two steps.
     """
     rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in curve]
     known = [row for row in rows if None not in row]

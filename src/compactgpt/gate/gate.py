@@ -1,8 +1,6 @@
-"""The gate: check whether a new model is worse than an accepted model, evaluated on the same documents.
+"""The gate: check whether a new model is worse than the accepted model.
 
-A check fails if its metric is worse by more than a tolerance *and* by more than chance can explain. It is a
-warning if only one of the two is true. `regression.false_alarms` is the probability that chance alone makes
-any check fail. docs/decisions/15-gate.md has the reasons and the error rates.
+A metric fails if it is worse by more than its tolerance and by more than chance.
 """
 
 import math
@@ -118,7 +116,7 @@ class Verdict:
 def run_gate(
     then: Snapshot, now: Snapshot, settings: Regression, noise: Noise, throughput: float | None = None
 ) -> Verdict:
-    """Compare the new version `now` with the accepted version `then`, and return the verdict.
+    """Compare the new version `now` of the project with the accepted version `then`.
 
     `throughput` is our training speed divided by nanoGPT's; None skips its check.
     """
@@ -192,10 +190,9 @@ def _check_parameters(differences: list[str]) -> Check:
 def _check_baselines(
     then: Snapshot, now: Snapshot, settings: Regression, *, explained: bool
 ) -> Iterator[Check]:
-    """Yield a check for each baseline whose loss changed, or one passed check if no loss changed.
+    """Yield a check for each baseline whose loss changed, or one passed check.
 
-    A baseline's model never changes, so the evaluation or the data changed. The check is a warning if
-    `explained`: a changed parameter or changed data can be the cause. Otherwise it fails.
+    The check is a warning if `explained` (parameters or data changed), otherwise a failure.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -238,14 +235,9 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
 def choose_accuracies(
     hits: Mapping[str, str], settings: Regression, *, has_perplexity: bool
 ) -> tuple[list[str], float]:
-    """Choose the accuracies that are tested. Return their names, and the significance level of the tests.
+    """Return the names of the accuracies to test, and the significance level of each test.
 
-    The level is `settings.false_alarms` divided by the number of groups of tests. All perplexities are one
-    group, each tested accuracy is a group. An accuracy is not tested if a model without any right
-    answer would pass its test.
-
-    `hits`: accuracy -> a digit per item, 1 if the accepted model's answer is right. The choice must not
-    depend on the new model's answers.
+    `hits`: accuracy -> a digit per item, 1 if the accepted model's answer is right.
     """
     # At worst, the new model loses all n right answers: then the p-value of McNemar's test is 0.5^n.
     lost = {name: found.count("1") for name, found in hits.items()}
@@ -269,10 +261,10 @@ def _check_perplexity(
 
 
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
-    """Return the relative rise of the perplexity on the same documents, with its confidence interval.
+    """Return the relative rise of the perplexity, with its confidence interval.
 
-    `nats` are the losses of the new model, `nats_then` those of the accepted model, `tokens` the scored
-    tokens; each is (documents,). `level` is the probability of a false alarm: an interval above 0 by chance.
+    `nats`, `nats_then`: losses of the new and the accepted model, (documents,).
+    `tokens`: scored tokens, (documents,). `level`: probability of a false alarm.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)

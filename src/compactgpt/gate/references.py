@@ -1,7 +1,6 @@
 """Read the two versions of the project that the gate compares: the present one, and the reference.
 
-The reference is a commit, the champion of the model registry, or the accepted reference: a small JSON file in
-git, which `compactgpt gate --accept` writes. It has the loss of each document.
+The reference is a commit, the champion, or a JSON file from `compactgpt gate --accept`.
 """
 
 import hashlib
@@ -65,8 +64,7 @@ class _Reference(Section):
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
     """Compare the project in the folder `root` with the reference `against`.
 
-    `bench` is a file of `benchmarks/training.py --json`; None skips the check of the throughput. Raises
-    BadData if the file has no throughput.
+    `bench` is a file of `benchmarks/training.py --json`; None skips the check of the throughput.
     """
     throughput = None
     if bench is not None:
@@ -82,9 +80,9 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 
 
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
-    """Return how much the loss varies between the runs in the file `path`, which differ in their seeds.
+    """Return the deviation of the loss between runs with different seeds, from the file `path`.
 
-    Without such runs of the same settings and documents, return `regression.fallback_noise`.
+    Without runs of the same settings and documents: `regression.fallback_noise`.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -111,8 +109,7 @@ def read_present(root: Path) -> Snapshot:
 def read_reference(name: str, root: Path) -> Snapshot:
     """Read a reference: `champion`, a .json file from `accept`, or a commit, branch, tag or DVC experiment.
 
-    Raises MissingInput if the reference does not exist, BadData if it is damaged, and BadConfig if git does
-    not know the name.
+    Raises MissingInput, BadData, or BadConfig for an unknown name.
     """
     if name.endswith(".json"):
         return read_accepted(root / name)
@@ -149,9 +146,9 @@ def _read_champion(root: Path) -> Snapshot:
 
 
 def _read_version(name: str, version: Place, totals: Path) -> Snapshot:
-    """Read the reports, params.yaml and the losses by document of one version of the project.
+    """Read the reports, parameters and losses by document of one version of the project.
 
-    Raises MissingInput if a file is missing, and BadData if a file is damaged or from another run.
+    Raises MissingInput or BadData.
     """
 
     def report(path: str, schema: type[Any]) -> Any:
@@ -211,10 +208,9 @@ def _read_documents(path: Path, reported: float) -> Documents:
 
 
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
-    """Write a version as the accepted reference; every verdict against this reference shows `reason`.
+    """Write `snapshot` as the accepted reference, with at most `max_documents` documents.
 
-    At most `max_documents` documents are kept: those whose ids have the smallest hashes. Raises BadConfig if
-    the reason is empty, and NotAllowed if `path` is a file that is not an accepted reference.
+    Raises BadConfig without a reason, and NotAllowed if `path` is another kind of file.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
@@ -261,10 +257,9 @@ def read_accepted(path: Path) -> Snapshot:
 
 
 def promote(root: Path, reason: str = "") -> str:
-    """Make the model in models/ the champion of the model registry, and return its version.
+    """Make the model in models/ the champion of the model registry, and return its version number.
 
-    Raises MissingInput if the weights are missing in models/ or in MLflow. A champion with another
-    configuration or val split is replaced only with a `reason`; otherwise raises CheckFailed.
+    Raises MissingInput, or CheckFailed if the champion's configuration differs and `reason` is empty.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
