@@ -1,4 +1,4 @@
-"""Load a trained model, generate text with it, and score texts.
+"""Load a trained model, generate text, and score texts.
 
     import compactgpt
 
@@ -6,7 +6,7 @@
     print(model.generate("The future of AI is"))
     print(model.score("Some text."))
 
-The commands `compactgpt generate` and `compactgpt evaluate` call these functions.
+`compactgpt generate` and `compactgpt evaluate` call these functions.
 """
 
 import hashlib
@@ -90,10 +90,10 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator that yields, after each step, the text that the step added to each sample.
+        """Return an iterator that yields, after each step, the new text of each continuation.
 
-        With temperature 0, each token is the most probable one. The same arguments give the same text.
-        Raises BadConfig if the model can't generate text, or if an argument is too small.
+        With temperature 0, each token is the most probable one.
+        Raises BadConfig if the model can't generate text.
         """
         from compactgpt.evaluation import generation
 
@@ -160,8 +160,8 @@ def _new_texts(
 def load(model: str | Path = MODEL, *, params_file: str | Path = "params.yaml") -> Model:
     """Load a model from a folder, from MLflow, or by its name in `baseline.specs`.
 
-    A folder has the format of this project or of Hugging Face. A name in MLflow is, for example,
-    `models:/compactgpt@champion` or `runs:/RUN_ID/compact`. Raises MissingInput if there is no such model.
+    A name in MLflow is `models:/compactgpt@champion`, for example.
+    Raises MissingInput if no model is found.
     """
     name, folder = str(model), Path(model).expanduser()
     if _IN_MLFLOW.fullmatch(name):

@@ -26,11 +26,11 @@ WIKITEXT_TOKENS = 290_000  # approximate size of WikiText-2's test split
 
 
 def examine(params_file: Path) -> dict[str, Any]:
-    """Return what this machine can do. Nothing is written.
+    """Return what this machine can do.
 
-    `machine`: property of the machine, such as `speed`, or server, such as `hub` -> description.
-    `baselines`: baseline -> what it needs to run.
-    `minutes`: command -> the result of `_minutes`, or the reason why the command can't run.
+    `machine`: name, such as `speed` or `hub` -> description.
+    `baselines`: baseline -> what the baseline needs.
+    `minutes`: command -> result of `_minutes`, or an error message.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 

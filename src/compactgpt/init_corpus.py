@@ -1,7 +1,6 @@
-"""Read the beginning of the user's own text, and propose values of params.yaml.
+"""Propose values of params.yaml that fit the user's text.
 
-`dvc add` copies text from other folders into corpus/, the only folder that DVC watches. If there is more text
-than SAMPLE_BYTES, the numbers of documents and tokens are estimates.
+The module reads at most about SAMPLE_BYTES of the text.
 """
 
 import json
@@ -69,9 +68,9 @@ class Plan:
 
 
 def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None = None) -> Plan:
-    """Read the files and folders `paths`, and return a proposal. Nothing is written.
+    """Read the files and folders `paths`, and return a proposal.
 
-    The training takes at most `minutes`, by default an hour, and at most MAX_EPOCHS epochs.
+    `minutes` limits the training time; the default is DEFAULT_MINUTES.
     """
     params = _with_limits_of_demo(params_file)
     # `Path.resolve` would replace a link's name by its target's name.
@@ -200,8 +199,8 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # Documents of a cut file belong together, so val is the end of the corpus.
-    # A small val is the end, too: a split by hash could give fewer documents.
+    # A split by hash would scatter the parts of a cut file.
+    # A small val could get too few documents.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
@@ -266,8 +265,7 @@ def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     # Share of val documents that must be long enough for a prompt and a continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
-    # In the shortest such document, prompt and continuation have a quarter of the tokens each.
-    # The other half is a margin, since the numbers in `tokens` are estimates.
+    # Prompt and continuation get a quarter of the document each: `tokens` has estimates.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

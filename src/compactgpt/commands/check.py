@@ -38,7 +38,7 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
 def verify(as_json: AsJson = False) -> None:
     """Compare the files with dvc.lock, and compute every reported number again.
 
-    Prints each difference. Ends with exit code 3 if there is one.
+    Prints each difference. A difference gives exit code 3.
     Example: compactgpt verify
     """
     from compactgpt.reporting.verify import verify as verify_project
@@ -57,7 +57,7 @@ def diff(
 ) -> None:
     """Compare the parameters, data, code, environment and metrics of two versions.
 
-    Also prints whether the difference of a metric may be random.
+    Prints the differences, and whether those of metrics may be random.
     Example: compactgpt diff HEAD~1 workspace
     """
     from compactgpt.tracking import compare_runs
@@ -76,10 +76,10 @@ def gate(
     junit: Annotated[Path | None, typer.Option(help="A JUnit XML file to write.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that the model is not worse than an accepted model.
+    """Check the model against an accepted model.
 
-    Ends with exit code 3 if a metric is worse than its limit.
-    --accept writes the present metrics to the file that --against names.
+    A metric worse than its limit gives exit code 3.
+    --accept writes the present metrics to the --against file.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params
@@ -114,7 +114,7 @@ def reproduce(
 ) -> None:
     """Run a version again in a temporary folder, and compare every output.
 
-    Ends with exit code 3 if an output differs by more than rounding.
+    A difference larger than rounding gives exit code 3.
     Example: compactgpt reproduce HEAD --check
     """
     from compactgpt.tracking import reproduce as tracking

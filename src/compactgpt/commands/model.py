@@ -134,8 +134,7 @@ def evaluate(
 ) -> None:
     """Measure how well models predict a text.
 
-    Prints nats per token, perplexity and bits per byte of each model, with 95 % intervals. An interval
-    needs several files, or one long file. Writes no file.
+    Prints nats per token, perplexity and bits per byte, with 95 % intervals. Writes no file.
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
     from compactgpt.api import load
@@ -201,9 +200,9 @@ def export(
     model: ModelFolder = Path(MODEL),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an edited export.")] = False,
 ) -> None:
-    """Export the trained model for transformers, with its tokenizer and model card.
+    """Export the trained model for transformers.
 
-    Writes the model's files to FOLDER, which `from_pretrained` loads.
+    Writes the model, tokenizer and model card to FOLDER.
     Example: compactgpt export exported
     """
     _export(folder, model, overwrite=overwrite)
@@ -228,9 +227,9 @@ def push_to_hub(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     model: ModelFolder = Path(MODEL),
 ) -> None:
-    """Export the trained model and upload it to the Hugging Face hub.
+    """Upload the trained model to the Hugging Face hub.
 
-    Needs HF_TOKEN or `hf auth login`. Prints the uploaded files and the address of the commit.
+    Needs HF_TOKEN or `hf auth login`. Prints the files and the commit's address.
     Example: compactgpt push-to-hub me/compact-gpt --dry-run
     """
     from compactgpt.common.storage import MANIFEST

@@ -51,7 +51,7 @@ def init_corpus(
         float | None, typer.Option(min=0.01, help="Training time at most (default: 60).")
     ] = None,
 ) -> None:
-    """Copy your text to corpus/, and set the values of params.yaml that fit it.
+    """Copy your text to corpus/, and fit params.yaml to the text.
 
     Prints each changed value, and asks before it writes.
     Example: compactgpt init-corpus my.txt --yes
@@ -71,9 +71,9 @@ def init_corpus(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show this machine's hardware and MLflow store, and which baselines it can run.
+    """Show what this machine can run.
 
-    Also shows whether the Hugging Face Hub answers, and estimates how long runs take.
+    Prints hardware, MLflow store, state of the Hugging Face Hub, usable baselines and estimated run times.
     Example: compactgpt doctor
     """
     from compactgpt.doctor import examine, format_report
@@ -128,7 +128,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
     """Apply an experiment and run the pipeline with `dvc exp run`.
 
     Writes params.yaml, dvc.lock, data/, models/ and reports/.
-    If the experiment is a sweep, trains all its runs and writes results/NAME.json instead.
+    A sweep writes results/NAME.json instead.
     Example: compactgpt experiment run shakespeare-quick
     """
     from compactgpt import experiments

@@ -89,9 +89,9 @@ def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
 
 
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
-    """Parse the content of dvc.lock, and return the entry of each stage by name.
+    """Return the entry of each stage in the content of dvc.lock.
 
-    Raises BadData if it is not valid, and OutsideFolder if a path leads out of the project.
+    Raises BadData for invalid content, and OutsideFolder for a path outside the project.
     """
     stages: dict[str, Entry] = parse_yaml(lock, LOCK).get("stages", {})
     try:
@@ -126,10 +126,10 @@ def read_chain(place: Place) -> Chain:
 
 
 def read_stages(place: Place) -> dict[str, Any]:
-    """Return the YAML mapping of each stage in dvc.yaml, by the stage's name.
+    """Return each stage of dvc.yaml: name -> YAML mapping.
 
-    A matrix stage gives one stage for each item, such as `baseline@xz`.
-    Raises BadData if dvc.yaml or params.yaml is not valid.
+    A matrix gives several stages, such as `baseline@xz`.
+    Raises BadData for invalid YAML files.
     """
     params = parse_yaml(place.read(PARAMS), PARAMS)
     try:
@@ -171,9 +171,9 @@ def keep_lock(root: Path) -> None:
 
 
 def restore_lock(root: Path) -> bool:
-    """If dvc.lock is incomplete, restore the copy from `keep_lock`, and return True.
+    """Restore an incomplete dvc.lock, and return whether that was necessary.
 
-    Raises BadData if there is no complete copy, or if dvc.lock has merge conflicts.
+    Raises BadData for merge conflicts or a missing copy.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
     if not lock.exists() or _is_complete(lock.read_bytes()):
@@ -260,9 +260,9 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return the files of an output by their path in it; `""` for a single file.
+        """Return an output's files: path in the output (`""` for a single file) -> path in the cache.
 
-        Raises MissingInput if a file is missing, and OutsideFolder if a path leads out of the cache.
+        Raises MissingInput or OutsideFolder.
         """
         if not md5.endswith(".dir"):
             return {"": self._object(md5)}
@@ -291,9 +291,9 @@ class Cache:
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy an output from DVC's cache, or else from `place`, to `target`.
+    """Copy an output from DVC's cache or `place`, and return whether the output was found.
 
-    Return whether the output was found. Raises BadData if a file in the cache was altered.
+    Raises BadData for an altered cache file.
     """
     if not cache.has(md5):
         content = place.read(path)

@@ -1,7 +1,6 @@
-"""Run a version of the project again in a temporary checkout, and compare all hashes and losses.
+"""Run an earlier state of the project again in a temporary checkout.
 
-The code of a version may come from somebody else, so the user must confirm it. No path of the version may
-lead out of the checkout. The checkout does not get DVC's settings and credentials.
+Then compare hashes and losses with the first run.
 """
 
 import json
@@ -79,9 +78,9 @@ class Result:
 
 
 def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
-    """Return what this machine lacks to run a version again, and how its machine differs.
+    """Return sentences about missing inputs, and sentences about differences of the machine.
 
-    Both are lists of sentences. `find_version` finds the version by its name `wanted`.
+    `wanted` is a name for `find_version`.
     """
     with _temporary_folder(root) as folder:
         version = _find(wanted, root, folder)
@@ -89,16 +88,15 @@ def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
 
 
 def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
-    """Run a version again in a temporary checkout, and compare it with the first run.
+    """Run `wanted` again, and compare the outputs.
 
     Args:
-        wanted: an MLflow run, a git revision or a DVC experiment.
+        wanted: MLflow run, git revision or DVC experiment.
         root: the repository.
         log: prints a message.
-        confirm: shows the commands to the user, and returns whether they may run.
+        confirm: shows the commands, and returns whether to run them.
 
-    Raises MissingInput if this machine lacks an input, OutsideFolder if a path leads out of the checkout,
-    NotAllowed if the user did not confirm, and CheckFailed if a stage failed.
+    Raises MissingInput, OutsideFolder, NotAllowed or CheckFailed.
     """
     root = root.resolve()
     with _temporary_folder(root) as folder:
@@ -281,11 +279,11 @@ def _run_dvc(tree: Path) -> int:
 
 
 def compare_hashes(version: Version, second: Version, environment: dict[str, Pair]) -> Result:
-    """Compare the outputs of a version with those of its second run.
+    """Compare the outputs of two runs.
 
-    - IDENTICAL: every output has the recorded hash.
-    - ROUNDING: code and parameters are equal, and `environment` has a difference that can change rounding.
-      No loss differs by more than LOSS_TOLERANCE.
+    - IDENTICAL: equal hashes.
+    - ROUNDING: equal code and parameters, an environment with other rounding;
+      losses differ by at most LOSS_TOLERANCE.
     - DIFFERENT: all other cases.
     """
     old, new = version.chain.entries, second.chain.entries

@@ -30,7 +30,7 @@ class TrainingCallbacks:
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
         """Print and log what is known before the first step.
 
-        `stage` comes from `open_stage`. `tokenizer` is a folder, and `curve` is the file for the loss curve.
+        `stage` comes from `open_stage`; `curve` is the file for the loss curve.
         """
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
