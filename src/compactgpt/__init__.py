@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compactgpt.api import Model, Score, load
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["Model", "Score", "load"]
 
 

@@ -81,7 +81,7 @@ class SweepPoint:
     name: str
     group: str
     sweep: SweepGroup
-    values: dict[str, Any]  # dotted key, or field of SweepGroup -> value
+    values: dict[str, Any]  # key of params.yaml, or of SweepGroup -> value
     params: Params
 
 

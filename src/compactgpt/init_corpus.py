@@ -124,7 +124,7 @@ def _with_limits_of_demo(params_file: Path) -> Params:
 
 
 def _target(path: Path) -> tuple[str, list[str]]:
-    """Return a text's path in corpus/, and the arguments of `dvc add` (none if it is there)."""
+    """Return a text's path in corpus/, and the arguments of `dvc add` (none for a text in corpus/)."""
     if not path.exists():
         raise MissingInput(f"{printable(str(path))} is missing: give a text file, or a folder of text files")
     corpus = Path.cwd() / FOLDER

@@ -93,7 +93,7 @@ class Form:
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return the logarithms of the predicted losses; `constants` is (losses, constants)."""
+        """Return the logarithms of the predicted losses; `constants` has a row for each loss."""
         factors = np.array(self.factors(math.log(num_params), math.log(tokens)))
         log_terms = np.asarray(constants) @ factors.T  # (rows, terms)
         log_losses: Floats = np.logaddexp.reduce(log_terms, axis=-1)
