@@ -141,7 +141,7 @@ def test_a_run_is_recorded_from_its_reports(project):
 
 def test_a_run_that_is_not_the_experiment_is_refused(project):
     with pytest.raises(
-        BadConfig, match=r"not the experiment note, which has[\s\S]*model\.n_embd: 128 -> 384"
+        BadConfig, match=r"differs from the experiment note, which sets[\s\S]*model\.n_embd: 128 -> 384"
     ):
         record_result("note", project, ROOT / "conf")
     with pytest.raises(BadConfig, match="ladder is a sweep"):
