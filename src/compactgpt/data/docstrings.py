@@ -1,7 +1,6 @@
-"""The corpus `docstrings`: the docstrings of installed distributions.
+"""Build the corpus `docstrings` from the docstrings of installed distributions.
 
-The source files are parsed and never imported. One module becomes one document. It has the module's
-docstrings in source order, each below the name of its function or class.
+The source files are parsed and never imported. One module becomes one document.
 """
 
 import ast
@@ -20,7 +19,7 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-# A field License with more characters has the licence's text, not its name.
+# A longer metadata field `License` has the text of the licence, not its name.
 _SHORT_LICENCE = 40
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
@@ -65,9 +64,7 @@ def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -
 def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part, list[Module]]:
     """Return an installed distribution as a corpus part, and its modules sorted by path.
 
-    `exclude` names folders and modules to leave out. A local suffix of the installed version, such as
-    `+cpu`, is ignored. Raises MissingInput if the distribution is missing, has another version, or does not
-    list its modules.
+    `exclude` names folders and modules to leave out. Raises MissingInput if this version is not installed.
     """
     try:
         found = importlib.metadata.distribution(name)
@@ -75,7 +72,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
         raise MissingInput(
             f"{name} {version} is part of the corpus and is not installed: run `make setup`"
         ) from error
-    if found.version.split("+")[0] != version:
+    if found.version.split("+")[0] != version:  # a suffix such as `+cpu` is ignored
         raise MissingInput(
             f"{name} {found.version} is installed, but params.yaml (download.docstrings.distributions) "
             f"names {version}: run `make setup`, or correct the version in params.yaml"
@@ -94,9 +91,9 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 
 
 def short_licence(metadata: Any) -> str:
-    """Return the name of a distribution's licence from its core metadata (packaging.python.org).
+    """Return the name of a licence from the core metadata of a distribution.
 
-    It is the SPDX expression, else a short field License, else the licence classifiers.
+    The first that exists: the SPDX expression, a short field `License`, the licence classifiers.
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)
@@ -110,7 +107,7 @@ def short_licence(metadata: Any) -> str:
 
 def read_modules(modules: Sequence[Module]) -> list[str]:
     """Return the docstrings of each module as one text, which may be empty."""
-    # Syntax trees have no reference cycles. The garbage collector would take a third of the time.
+    # Syntax trees have no reference cycles, and the garbage collector would take a third of the time.
     gc.disable()
     try:
         return [_read_module(module) for module in modules]

@@ -1,7 +1,6 @@
-"""Documents: the interface of a corpus, and the files that store documents.
+"""Describe a corpus and its documents; write and read the shards, parquet files with documents.
 
-The stage `download` stores documents in parquet files, the shards. Their columns are id, text, source and
-part (always 0). A row group of a shard has about 2 MiB of text, or one longer document.
+A row group of a shard has about 2 MiB of text, or one longer document.
 """
 
 import hashlib
@@ -88,9 +87,9 @@ def check_size(size: int, what: str, key: str, megabytes: int) -> None:
 
 
 def text_of_row(row: Any, where: str, column: str, key: str) -> str:
-    """Return a row that is a string, or the string in its column `column`.
+    """Return the text of a row: the row itself, or the value in its `column`.
 
-    Raises BadData if the row has no text. The message names the setting `{key}.text_column`.
+    Raises BadData if the row has no text. The message names `{key}.text_column`.
     """
     text = row.get(column) if isinstance(row, dict) else row
     if isinstance(text, str):
@@ -110,10 +109,9 @@ def text_of_row(row: Any, where: str, column: str, key: str) -> str:
 def write_shards(
     folder: Path, documents: Iterable[Document], shard_bytes: int = SHARD_BYTES, first: int = 0
 ) -> Iterator[Path]:
-    """Write documents into shards in `folder`, and yield the path of each complete shard.
+    """Write documents into shards in `folder`; yield the path of each complete shard.
 
-    A shard has at least `shard_bytes` of text; the last shard may have less. `first` is the number of the
-    first shard. When a path is yielded, no document of the next shard was taken from `documents`.
+    A shard ends with the document that fills `shard_bytes`. The first shard has the number `first`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -138,11 +136,11 @@ def write_shards(
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 missing -= size
                 group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
-        yield path
+        yield path  # before the next document is taken: the caller's counts are those of this shard
 
 
 def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document], int]:
-    """Take documents until they have `min_bytes` of text; return them and their bytes."""
+    """Take documents until they have `min_bytes` of text; return them and the size of their text."""
     group: list[Document] = []
     size = 0
     # Test the size before `next`: a full group takes no further document.

@@ -1,7 +1,6 @@
 """Download models and files from the Hugging Face hub, and upload models.
 
-Files in the hub's standard cache are used without a network. Before a download, a request with a short
-time limit checks that the hub answers.
+A file in the hub's standard cache is read without a network.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from compactgpt.config import Folder, Hub, HubCorpus, Params
 
 # This report exists only after the stage `download` has finished.
 DOWNLOADED = Path("reports/download.json")
-_TIMEOUT_SECONDS = 5  # how long the request before a download waits for the hub's answer
+_TIMEOUT_SECONDS = 5  # time limit of the request that checks the hub before a download
 # The files that `from_pretrained` needs. No file of these kinds contains pickles or code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 # Arguments of `snapshot_download`. Subfolders are ignored, since they contain weights in other formats.
@@ -26,16 +25,16 @@ _WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message on one line, or its type's name."""
+    """Return an error's message on one line; for an empty message, return the error's type."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def hub_errors(what: str, advice: str) -> Iterator[None]:
-    """Convert errors of the hub's client into user errors with `what` and `advice`.
+    """Convert errors of huggingface_hub into user errors.
 
-    Raises BadConfig if the repository or commit does not exist, is not public or has an invalid name.
-    Raises Unreachable if the hub does not answer or refuses access, or HF_HUB_OFFLINE forbids requests.
+    Raises BadConfig if the repository or the commit does not exist.
+    Raises Unreachable if the hub does not answer, or HF_HUB_OFFLINE is set.
     """
     import httpx2
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -50,7 +49,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
         # A network with a login page answers with HTML: JSONDecodeError.
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network and your access "
-            f"(`hf auth login`, or HF_TOKEN), run the same command again, or {advice}"
+            f"(`hf auth login`, or HF_TOKEN), or {advice}"
         ) from error
 
 
@@ -67,9 +66,9 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
 
 
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
-    """Return a model's folder in the hub's standard cache; download it if needed.
+    """Return a model's folder in the hub's cache; download it if needed.
 
-    Raises the errors of `hub_errors`, and BadData if a weights file was altered or damaged.
+    Raises the errors of `hub_errors`, and BadData if a weights file is damaged.
     """
     from huggingface_hub import snapshot_download
 
@@ -87,7 +86,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
 
 
 def cached_model(repo: str, revision: str) -> Path | None:
-    """Return a model's folder in the hub's standard cache, or None if it is incomplete."""
+    """Return a model's folder in the hub's cache, or None if files are missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -101,9 +100,9 @@ def cached_model(repo: str, revision: str) -> Path | None:
 
 
 def check_model_folder(name: str, spec: Folder) -> None:
-    """Check that the folder of the baseline `name` has the hash in params.yaml.
+    """Compare the hash of a baseline's model folder with params.yaml.
 
-    Raises MissingInput if the folder does not exist, BadConfig if the hash is missing or differs.
+    Raises MissingInput if there is no folder, and BadConfig if the hash differs.
     """
     folder = Path(spec.path)
     if not folder.is_dir():
@@ -113,14 +112,14 @@ def check_model_folder(name: str, spec: Folder) -> None:
     found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     if found != spec.sha256:
         raise BadConfig(
-            f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but the files in {folder} have "
-            f"the hash {found}: write it into params.yaml if these are the right files, or give it with "
+            f"baseline.specs.{name}.sha256 is {spec.sha256 or 'empty'}, but {folder} has the hash {found}: "
+            "correct the folder, or write this hash into params.yaml, or add "
             f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}'"
         )
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
-    """Return a data set's file in the hub's standard cache; download it if needed.
+    """Return a data set's file in the hub's cache; download it if needed.
 
     Raises the errors of `hub_errors`.
     """
@@ -142,7 +141,7 @@ def _cached_file(repo: str, file: str, revision: str) -> Path | None:
 
 
 def local_copy(params: HubCorpus) -> Path | None:
-    """Return the folder or text file to read instead of the hub, or None.
+    """Return the folder or text file to read instead of the hub, or None if there is no copy.
 
     Raises MissingInput if the folder `download.hub.mirror` does not exist.
     """
@@ -157,15 +156,15 @@ def local_copy(params: HubCorpus) -> Path | None:
 def check_data_set(params: HubCorpus) -> None:
     """Check that the data set of params.yaml has a local copy or is on the hub.
 
-    Raises the errors of `hub_errors` and `local_copy`, and BadConfig if params.yaml has no commit.
+    Raises the errors of `hub_errors`, and BadConfig without a commit.
     """
     chosen, key = params.sets[params.name], f"download.hub.sets.{params.name}"
     if local_copy(params) is not None:
         return
     if chosen.revision is None:
         raise BadConfig(
-            f"{key}.revision is empty: write the commit there (40 hex digits), as `git ls-remote` shows it "
-            "for the data set's repository; a branch moves, a commit does not"
+            f"{key}.revision is empty: write a commit there (40 hex digits), as shown by "
+            f"`git ls-remote https://huggingface.co/datasets/{chosen.repo}`"
         )
     advice = f"correct {key}, or name a copy of the repository in download.hub.mirror"
     if chosen.file is not None:
@@ -177,10 +176,9 @@ def check_data_set(params: HubCorpus) -> None:
 def check_sources(params: Params) -> None:
     """Check that the models, task files and corpus of params.yaml are local or on the hub.
 
-    Raises the errors of `check_model_folder` and `check_data_set`, and MissingInput if a task's local file
-    does not exist.
+    Raises the errors of `check_model_folder` and `check_data_set`.
     """
-    # Setting that names a local copy -> (kind of repository, owner/name, commit) on the hub.
+    # Setting that would name a local copy -> (kind of repository, owner/name, commit) on the hub.
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]
@@ -210,9 +208,9 @@ def check_sources(params: Params) -> None:
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a model folder in Hugging Face format; return the URL of the commit.
+    """Upload a model folder in Hugging Face format; return the commit's URL.
 
-    A missing repository is created, private if `private` is true. Raises the errors of `hub_errors`.
+    If the repository is missing, it is created. Raises the errors of `hub_errors`.
     """
     from huggingface_hub import HfApi
 

@@ -1,7 +1,6 @@
-"""Check that DVC can read every dependency of the stages, before DVC hashes them.
+"""Check the dependencies of the stages before DVC reads them.
 
-DVC waits forever for a named pipe or a link to a device. For a broken link, or a file name that is not
-UTF-8, it stops with an unclear message.
+DVC waits forever for a named pipe or a device. For a broken link, DVC's message is unclear.
 """
 
 import os
@@ -25,9 +24,9 @@ def check_dependencies(root: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Check that every file under a folder is a regular file with a UTF-8 name.
+    """Check that a folder contains only regular files and links to them, with UTF-8 names.
 
-    A link to a file is allowed. Raises BadData, also for a link to a folder.
+    Raises BadData for other files, and for links to folders.
     """
     for parent, folders, files in os.walk(folder):  # `folders` includes links to folders
         for name in (*folders, *files):
@@ -53,10 +52,9 @@ def _check_regular(path: Path) -> None:
 
 
 def require_corpus(original: Path) -> None:
-    """Check that an experiment's copy of the repository has the whole corpus.
+    """Check that the current folder, a copy of the repository, has the whole corpus.
 
-    `original` is the repository that `dvc exp run --temp` has copied. Raises MissingInput if the copy lacks
-    files of corpus/, since neither git nor DVC tracks them.
+    `original` is the repository that DVC has copied. Raises MissingInput if files are missing.
     """
     names = {path.name for path in (original / "corpus").glob("[!.]*")}
     if missing := sorted(name for name in names if not Path("corpus", name).exists()):

