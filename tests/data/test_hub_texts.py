@@ -9,13 +9,19 @@ import pytest
 
 from compactgpt.common.console import silent
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.common.storage import write_bytes
 from compactgpt.data.hub_texts import hub_corpus
 from tests.support.corpora import DOWNLOAD, download_params, write_corpus
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
-SET = {"repo": "owner/name", "config": None, "splits": ["train"], "text_column": "text"}
+SET = {"repo": "owner/name", "config": "main", "splits": ["train"], "text_column": "text"}
 SET |= {"revision": SHA, "licence": "MIT"}
 ROWS = [f"Row {n} says something of its own." for n in range(30)]
+HELD_OUT = "Held out, the one."
+CARD = (
+    "---\nconfigs: [{config_name: main, data_files: "
+    "[{split: train, path: main/train-*}, {split: test, path: main/test-*}]}]\n---\n"
+)
 
 
 def params(mirror, max_row_megabytes=32, **changes):
@@ -23,25 +29,25 @@ def params(mirror, max_row_megabytes=32, **changes):
     return download_params(corpus="hub", hub=part, max_row_megabytes=max_row_megabytes)
 
 
-@pytest.fixture
-def mirror(tmp_path):
+def write_mirror(folder, *shards):
     """A repository as the hub keeps it: a card that names the files of a configuration, parquet shards."""
-    folder = tmp_path / "mirror"
     (folder / "main").mkdir(parents=True)
-    for number in range(3):
-        table = pa.table({"id": list(range(10)), "text": ROWS[10 * number : 10 * number + 10]})
-        pq.write_table(table, folder / f"main/train-{number:05d}-of-00003.parquet", row_group_size=4)
-    pq.write_table(pa.table({"text": ["Held out, the one."]}), folder / "main/test-00000-of-00001.parquet")
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n"
-        "  - split: test\n    path: main/test-*\n---\n"
-    )
+    (folder / "README.md").write_text(CARD)
+    for number, rows in enumerate(shards):
+        table = pa.table({"id": range(len(rows)), "text": rows})
+        pq.write_table(table, folder / f"main/train-{number}.parquet", row_group_size=4)
+    pq.write_table(pa.table({"text": [HELD_OUT]}), folder / "main/test-0.parquet")
     return folder
 
 
+@pytest.fixture
+def mirror(tmp_path):
+    return write_mirror(tmp_path / "mirror", ROWS[:10], ROWS[10:20], ROWS[20:])
+
+
 def test_rows_are_documents_in_the_order_of_splits_and_files(tmp_path, mirror):
-    report, documents = write_corpus(tmp_path, params(mirror, config="main", splits=["train", "test"]))
-    assert [each.text for each in documents] == [*ROWS, "Held out, the one."]
+    report, documents = write_corpus(tmp_path, params(mirror, splits=["train", "test"]))
+    assert [each.text for each in documents] == [*ROWS, HELD_OUT]
     sources = [documents[number].source for number in (0, 29, 30)]
     assert sources == ["owner/name/train:1", "owner/name/train:30", "owner/name/test:1"]
     parts = [(each["name"], each["version"], each["documents"]) for each in report["sources"]]
@@ -60,7 +66,7 @@ PAIRS = ["a\n\nb\n\n\n\nc", "d", "e\n\nf", "", "g"]
 @pytest.mark.parametrize(
     ("changes", "rows", "expected"),
     [
-        ({}, ["a b", "c d e", "", "f", "g h", "i"], ["a b", "c d e", "", "f", "g h", "i"]),
+        ({}, ["a b", "c", "", "d", "e"], ["a b", "c", "", "d", "e"]),
         ({"separator": "\n\n"}, PAIRS, ["a", "b", "", "c", "d", "e", "f", "", "g"]),
         ({"separator": "\n\n", "join_characters": 3}, PAIRS, ["a\n\nb", "\n\nc", "d", "e\n\nf", "", "g"]),
         ({"opens_document": OPENS}, ARTICLES, JOINED),
@@ -69,16 +75,13 @@ PAIRS = ["a\n\nb\n\n\n\nc", "d", "e\n\nf", "", "g"]
 def test_rows_are_taken_split_or_joined_and_reading_resumes_after_every_text(
     tmp_path, changes, rows, expected
 ):
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    pq.write_table(pa.table({"text": rows[:4]}), folder / "train-00000-of-00002.parquet")
-    pq.write_table(pa.table({"text": rows[4:]}), folder / "train-00001-of-00002.parquet")
-    corpus = hub_corpus(params(folder, **changes), silent)
+    mirror = write_mirror(tmp_path / "mirror", rows[:4], rows[4:])
+    corpus = hub_corpus(params(mirror, splits=["train", "test"], **changes), silent)
     texts = list(corpus.read(None))
-    assert [each.text for each in texts] == expected
+    assert [each.text for each in texts] == [*expected, HELD_OUT]
     for number, text in enumerate(texts, 1):
         position = json.loads(json.dumps(text.position))  # as a note on disk
-        rest = list(hub_corpus(params(folder, **changes), silent).read(position))
+        rest = list(corpus.read(position))
         assert [each[:3] for each in rest] == [each[:3] for each in texts[number:]]
 
 
@@ -93,29 +96,29 @@ def test_rows_are_taken_split_or_joined_and_reading_resumes_after_every_text(
 )
 def test_a_data_set_that_is_not_as_params_say_is_one_message(tmp_path, mirror, changes, error, message):
     with pytest.raises(error, match=message) as caught:
-        write_corpus(tmp_path, params(mirror, **{"config": "main", **changes}))
+        write_corpus(tmp_path, params(mirror, **changes))
     assert "\n" not in str(caught.value)
 
 
 def test_a_mirror_that_is_missing_or_damaged_and_a_long_row_are_named(tmp_path, mirror):
     with pytest.raises(MissingInput, match="there is no folder"):
         write_corpus(tmp_path, params(mirror / "gone"))
-    path = mirror / "main/train-00001-of-00003.parquet"
+    path = mirror / "main/train-1.parquet"
     pq.write_table(pa.table({"id": [1], "text": ["x" * 1_000_001]}), path)
     with pytest.raises(BadData, match=r"owner/name/train, row 11 is longer than 1 MB .*max_row_megabytes"):
-        write_corpus(tmp_path, params(mirror, 1, config="main"))
+        write_corpus(tmp_path, params(mirror, max_row_megabytes=1))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(BadData, match=r"a file of .*mirror is damaged, or was cut short"):
-        write_corpus(tmp_path, params(mirror, config="main"))
+        write_corpus(tmp_path, params(mirror))
 
 
 def test_a_data_set_without_a_commit_is_pinned_by_the_hash_of_its_text(tmp_path, mirror):
-    branch = {"config": "main", "revision": "refs/convert/parquet"}
+    branch = "refs/convert/parquet"
     right, wrong = (hashlib.sha256("".join(rows).encode()).hexdigest() for rows in (ROWS, ROWS[1:]))
-    _, documents = write_corpus(tmp_path, params(mirror, **branch, sha256=right))
+    _, documents = write_corpus(tmp_path, params(mirror, revision=branch, sha256=right))
     assert [each.text for each in documents] == ROWS
     with pytest.raises(BadData, match=rf"the text of owner/name has SHA-256 {right}, .* expects {wrong}"):
-        write_corpus(tmp_path, params(mirror, **branch, sha256=wrong))
+        write_corpus(tmp_path, params(mirror, revision=branch, sha256=wrong))
     with pytest.raises(BadConfig, match=r"download\.hub\.sets\.tiny\.revision is empty.*git ls-remote"):
         write_corpus(tmp_path, params(None, revision=None))
 
@@ -129,8 +132,7 @@ def test_a_local_copy_of_the_text_is_read_instead_of_the_hub(tmp_path, monkeypat
     message = r"bring the text: curl -fLo corpus/input\.txt https://localhost/input"
     with pytest.raises(Unreachable, match=message):
         write_corpus(tmp_path, params(None, **copy))
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/input.txt").write_bytes(content)
+    write_bytes(tmp_path / "corpus/input.txt", content)
     _, documents = write_corpus(tmp_path, params(None, **copy))
     assert [each.text for each in documents] == ["One:\nfirst é", "Two:\nsecond\n"]
     assert {each.source for each in documents} == {"owner/name/input.txt:1"}

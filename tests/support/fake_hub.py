@@ -56,8 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
-    def do_HEAD(self):
-        self.do_GET()
+    do_HEAD = do_GET  # noqa: N815 (`answer` sends no body)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -71,10 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             kind = {"uploadMode": "regular", "shouldIgnore": False}
             self.answer({"files": [{"path": name, **kind} for name in files]})
         elif "/commit/" in path:
-            for operation in map(json.loads, body.splitlines()):
-                if operation["key"] == "file":
-                    value = operation["value"]
-                    self.server.uploaded[value["path"]] = base64.b64decode(value["content"])
+            _header, *files = [json.loads(line)["value"] for line in body.splitlines()]
+            self.server.uploaded = {file["path"]: base64.b64decode(file["content"]) for file in files}
             address = f"{self.server.url}/{REPO}/commit/{REVISION}"
             self.answer({"commitUrl": address, "commitOid": REVISION, "success": True})
         else:

@@ -93,7 +93,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 def short_licence(metadata: Any) -> str:
     """Return the name of a licence from the core metadata of a distribution.
 
-    The first that exists: the SPDX expression, a short field `License`, the licence classifiers.
+    Returns the first of: the SPDX expression, a short field `License`, the licence classifiers.
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)

@@ -1,4 +1,4 @@
-"""Describe a corpus and its documents; write and read the shards, parquet files with documents.
+"""Define a corpus and its documents; write and read shards, the parquet files of documents.
 
 A row group of a shard has about 2 MiB of text, or one longer document.
 """
@@ -130,13 +130,12 @@ def write_shards(
         path = folder / f"documents-{number:05d}.parquet"
         with atomic_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
             while group:
-                rows = [
-                    {"id": each.id, "text": each.text, "source": each.source, "part": 0} for each in group
-                ]
+                rows = [{**document._asdict(), "part": 0} for document in group]
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 missing -= size
                 group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
-        yield path  # before the next document is taken: the caller's counts are those of this shard
+        # No document of the next shard was taken yet: the caller can save its position.
+        yield path
 
 
 def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document], int]:

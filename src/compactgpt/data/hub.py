@@ -31,10 +31,10 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def hub_errors(what: str, advice: str) -> Iterator[None]:
-    """Convert errors of huggingface_hub into user errors.
+    """Convert errors of huggingface_hub into user errors that name `what` and give `advice`.
 
     Raises BadConfig if the repository or the commit does not exist.
-    Raises Unreachable if the hub does not answer, or HF_HUB_OFFLINE is set.
+    Raises Unreachable if the hub does not answer.
     """
     import httpx2
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -46,7 +46,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
     except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:
-        # A network with a login page answers with HTML: JSONDecodeError.
+        # A network with a login page answers with HTML, which causes a JSONDecodeError.
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network and your access "
             f"(`hf auth login`, or HF_TOKEN), or {advice}"
@@ -60,9 +60,8 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
     """
     from huggingface_hub import HfApi
 
-    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
     with hub_errors(f"{repo} at {revision}", advice):
-        ask(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
+        HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=_TIMEOUT_SECONDS)
 
 
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
@@ -112,8 +111,8 @@ def check_model_folder(name: str, spec: Folder) -> None:
     found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     if found != spec.sha256:
         raise BadConfig(
-            f"baseline.specs.{name}.sha256 is {spec.sha256 or 'empty'}, but {folder} has the hash {found}: "
-            "correct the folder, or write this hash into params.yaml, or add "
+            f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but the files in {folder} have "
+            f"the hash {found}. If these are the right files, write this hash into params.yaml, or add "
             f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}'"
         )
 
@@ -125,12 +124,11 @@ def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    found = _cached_file(repo, file, revision)
-    if found is None:
-        require_on_hub("dataset", repo, revision, advice)
-        with hub_errors(f"{repo}/{file}", advice):
-            found = Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
-    return found
+    if found := _cached_file(repo, file, revision):
+        return found
+    require_on_hub("dataset", repo, revision, advice)
+    with hub_errors(f"{repo}/{file}", advice):
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
 
 
 def _cached_file(repo: str, file: str, revision: str) -> Path | None:
@@ -178,7 +176,7 @@ def check_sources(params: Params) -> None:
 
     Raises the errors of `check_model_folder` and `check_data_set`.
     """
-    # Setting that would name a local copy -> (kind of repository, owner/name, commit) on the hub.
+    # Setting that replaces a download -> (kind of repository, owner/name, commit).
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]

@@ -1,15 +1,13 @@
-"""A data set of the Hugging Face hub as a corpus.
+"""Read a data set of the Hugging Face hub as a corpus.
 
-The library `datasets` streams the rows of one commit in their order. If params.yaml has the SHA-256 of the
-text, the data set is read twice: first to compare the hash. A local text file is a data set of one row.
+The library `datasets` streams its rows. A local text file is a data set of one row.
 """
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadConfig, BadData
@@ -20,12 +18,23 @@ from compactgpt.data.hub import check_data_set, hub_errors, local_copy, one_line
 _PROGRESS_ROWS = 1000
 
 
-def hub_corpus(params: Download, progress: Progress) -> Corpus:
-    """Return the data set `download.hub.name` as a corpus; the first read opens it.
+class _Position(NamedTuple):
+    """Where a stopped run resumes to read a data set."""
 
-    The position of a text is [index of the split, number of completed rows, state of the `datasets` iterator
-    after these rows, number of texts that were read from the next row].
-    """
+    split: int = 0  # index in `HubSet.splits`
+    rows: int = 0  # number of rows to skip
+    state: Any = None  # state of the `datasets` iterator after these rows
+    texts: int = 0  # number of texts to skip in the next row
+
+
+class _Row(NamedTuple):
+    number: int  # from 1
+    before: Any  # state of the `datasets` iterator before the row
+    text: str
+
+
+def hub_corpus(params: Download, progress: Progress) -> Corpus:
+    """Return the data set `download.hub.name` as a corpus; the first read opens it."""
     data_set = _DataSet(params)
     chosen, copy = data_set.chosen, data_set.copy
     paths = sorted(path for path in [copy, *copy.rglob("*")] if path.is_file()) if copy else []
@@ -35,28 +44,23 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
     def read(position: Any) -> Iterator[Text]:
         check_data_set(params.hub)
         data_set.check_hash()
-        first_split, rows, state, done = position or (0, 0, None, 0)
-        for split in range(first_split, len(chosen.splits)):
-            for row, before, texts in data_set.texts(split, rows, state):
-                if row % _PROGRESS_ROWS == 0:
-                    progress(row, 0)  # 0, since the total number of rows is unknown
+        start = _Position(*(position or ()))
+        for split in range(start.split, len(chosen.splits)):
+            for row, texts in data_set.texts(split, start.rows, start.state):
+                if row.number % _PROGRESS_ROWS == 0:
+                    progress(row.number, 0)  # 0, since the total number of rows is unknown
+                source = f"{data_set.names[split]}:{row.number}"
+                done = start.texts if row.number == start.rows + 1 else 0
                 for number, text in enumerate(texts[done:], done + 1):
-                    yield Text(
-                        text, f"{data_set.names[split]}:{row}", split, [split, row - 1, before, number]
-                    )
-                done = 0
-            rows, state, done = 0, None, 0
+                    yield Text(text, source, split, _Position(split, row.number - 1, row.before, number))
+            start = _Position()  # the next split is read from its beginning
 
     parts = [Part(name, chosen.revision, chosen.licence) for name in data_set.names]
     return Corpus("hub", identity, parts, read)
 
 
 class _DataSet:
-    """Reads the rows and the texts of one data set.
-
-    Raises Unreachable if the hub does not answer, and BadConfig if the settings do not fit the data set.
-    Raises BadData if a file is damaged, a row has no text or is too long, or the hash differs.
-    """
+    """Reads the rows and the texts of one data set."""
 
     def __init__(self, params: Download) -> None:
         self.copy = local_copy(params.hub)
@@ -69,13 +73,13 @@ class _DataSet:
         self._max_row_megabytes = params.max_row_megabytes
 
     def check_hash(self) -> None:
-        """Compare the SHA-256 of all text with the hash in params.yaml, if there is one."""
+        """Read all text and compare its SHA-256 with the hash in params.yaml, if there is one."""
         if self.chosen.sha256 is None:
             return
         hasher = hashlib.sha256()
         for split in range(len(self.chosen.splits)):
-            for _, _, text in self._rows(split, 0, None):
-                hasher.update(text.encode("utf-8"))
+            for row in self._rows(split):
+                hasher.update(row.text.encode("utf-8"))
         found, expected = hasher.hexdigest(), self.chosen.sha256
         if found != expected:
             raise BadData(
@@ -83,44 +87,44 @@ class _DataSet:
                 f"{self._key}.sha256 expects {expected}: use the expected text, or correct the hash"
             )
 
-    def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, list[str]]]:
-        """Yield (row number, state of the `datasets` iterator before the row, texts that begin in the row).
+    def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[_Row, list[str]]]:
+        """Yield (row, texts that begin in the row).
 
-        The first `rows` rows are skipped; `state` is the iterator's state after them. A text is one row,
-        several rows (setting `opens_document`), or a part of a row (setting `separator`).
+        The first `rows` rows are skipped, and `state` is the iterator's state after them. A text is a row,
+        several joined rows, or a part of a row.
         """
-        if self.chosen.opens_document is None:
-            for row, before, text in self._rows(split, rows, state):
-                yield row, before, _split_row(text, self.chosen)
+        opens_document = self.chosen.opens_document
+        if opens_document is None:
+            for row in self._rows(split, rows, state):
+                yield row, _split_row(row.text, self.chosen)
             return
-        opens = re.compile(self.chosen.opens_document)
+        first: _Row | None = None  # the row in which the current text begins
         joined: list[str] = []
-        first, state_before, size = 0, state, 0
-        for row, before, text in self._rows(split, rows, state):
-            if joined and opens.fullmatch(text):
-                yield first, state_before, ["".join(joined)]
-                joined = []
-            if not joined:
-                first, state_before, size = row, before, 0
-            joined.append(text)
-            size += len(text)
-            # Without a match of `opens_document`, all rows become one text.
-            check_size(size, f"{self.names[split]}:{first}", "max_row_megabytes", self._max_row_megabytes)
-        if joined:
-            yield first, state_before, ["".join(joined)]
+        size = 0
+        for row in self._rows(split, rows, state):
+            if first and opens_document.fullmatch(row.text):
+                yield first, ["".join(joined)]
+                first, joined, size = None, [], 0
+            first = first or row
+            joined.append(row.text)
+            size += len(row.text)
+            # If no row matches `opens_document`, this check stops before all rows are in memory.
+            where = f"{self.names[split]}:{first.number}"
+            check_size(size, where, "max_row_megabytes", self._max_row_megabytes)
+        if first:
+            yield first, ["".join(joined)]
 
-    def _rows(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, str]]:
-        """Yield (row number from 1, state of the iterator before the row, text); arguments as in `texts`."""
+    def _rows(self, split: int, rows: int = 0, state: Any = None) -> Iterator[_Row]:
         with self._errors():
             data = self._open(self.chosen.splits[split])
             if state is not None:
                 data.load_state_dict(state)
             before = state or data.state_dict()
-            for row, values in enumerate(data, rows + 1):  # `values` maps a column name to a value
-                where = f"{self.names[split]}, row {row:,}"
+            for number, values in enumerate(data, rows + 1):  # `values` maps a column name to a value
+                where = f"{self.names[split]}, row {number:,}"
                 text = text_of_row(values, where, self.chosen.text_column, self._key)
                 check_size(len(text), where, "max_row_megabytes", self._max_row_megabytes)
-                yield row, before, text
+                yield _Row(number, before, text)
                 before = data.state_dict()
 
     def _open(self, split: str) -> Any:
@@ -142,6 +146,10 @@ class _DataSet:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        """Convert errors of `datasets` into user errors.
+
+        Raises BadData for a damaged file, BadConfig for wrong settings, and the errors of `hub_errors`.
+        """
         import pyarrow as pa
 
         where = str(self.copy or self.chosen.repo)
@@ -150,8 +158,7 @@ class _DataSet:
                 yield
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             raise BadData(
-                f"a file of {where} is damaged, or was cut short, or `datasets` can't read it "
-                f"({one_line(error)})"
+                f"a file of {where} is damaged, or was cut short ({one_line(error)}): get a new copy of it"
             ) from error
         except (ValueError, RuntimeError) as error:
             raise BadConfig(

@@ -142,36 +142,26 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
     # Another version of pyarrow may write the same shard with other bytes.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     key = hashlib.sha256(json_bytes(inputs)).hexdigest()
-    collected = _read_progress(folder, key, log)
-    if collected is None:
+    path = folder / "progress.json"
+    progress = read_json(path) if path.exists() else {}
+    if progress.get("key") == key:
+        collected = Collected(**progress["collected"])
+        done = f"{sum(collected.documents):,} documents in {len(collected.shards)} shards"
+        log(f"{done} of an earlier run are kept")
+    else:
         shutil.rmtree(folder, ignore_errors=True)  # remove shards of another corpus
         zeros = [0] * len(corpus.parts)
         collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
     # Ids of all documents, to find duplicates: 100 bytes each, 0.8 GB for OpenWebText.
     seen = set(_read_ids(folder, collected.shards))
     documents = _select(corpus.read(collected.position), corpus.lengths, limits, collected, seen)
-    for path in write_shards(folder, documents, limits.shard_bytes, len(collected.shards)):
+    for shard in write_shards(folder, documents, limits.shard_bytes, len(collected.shards)):
         before = collected.shards.values()
-        collected.shards[path.name] = {
-            "documents": sum(collected.documents) - sum(shard["documents"] for shard in before),
-            "bytes": sum(collected.bytes) - sum(shard["bytes"] for shard in before),
+        collected.shards[shard.name] = {
+            "documents": sum(collected.documents) - sum(each["documents"] for each in before),
+            "bytes": sum(collected.bytes) - sum(each["bytes"] for each in before),
         }
-        write_json(folder / "progress.json", {"key": key, "collected": asdict(collected)})
-    return collected
-
-
-def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
-    """Return the progress of a stopped run whose inputs had the hash `key`, or None."""
-    path = folder / "progress.json"
-    if not path.exists():
-        return None
-    progress = read_json(path)
-    if progress["key"] != key:
-        return None
-    collected = Collected(**progress["collected"])
-    log(
-        f"{sum(collected.documents):,} documents in {len(collected.shards)} shards of an earlier run are kept"
-    )
+        write_json(path, {"key": key, "collected": asdict(collected)})
     return collected
 
 
@@ -194,7 +184,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(collected.bytes) + size > max_bytes:
-            return  # keep the beginning of the corpus: skip no long document
+            return  # not `continue`: the kept documents are the beginning of the corpus
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

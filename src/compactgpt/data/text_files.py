@@ -25,7 +25,7 @@ from compactgpt.data.splitting import Line, Piece, read_lines, split_text
 _KEY = "download.files"
 _KINDS = f"{' '.join(FILE_KINDS)} (also with .gz or .zst)"
 FOLDER = "corpus"  # the folder of the user's text
-_OWN_PAGE = "corpus/README.md"  # this page of the project describes the folder; it is no text of the user
+_OWN_PAGE = "corpus/README.md"  # the project's page about the folder, which is not read
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 16  # number of parquet rows that are read at a time; small, since a row may be long
@@ -60,7 +60,7 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
 
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
-    """Return (index of the matching pattern, path in `root`) of each text file, in this order.
+    """Return (index of the matching pattern, path in `root`) of each text file, sorted.
 
     Raises MissingInput if no file matches, or a file that a pattern names does not exist.
     """
@@ -99,7 +99,7 @@ def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) ->
         shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
         log(
             f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). "
-            f"A file must match download.files.patterns, and its name must end with {_KINDS}"
+            f"A file must match download.files.patterns, and its name must end with one of {_KINDS}"
         )
 
 
@@ -225,7 +225,7 @@ def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
 def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
     import pyarrow.parquet as pq
 
-    row, column, megabytes = 0, params.files.text_column, params.max_row_megabytes
+    column, megabytes = params.files.text_column, params.max_row_megabytes
     with TemporaryFile() as temporary:
         if not file.seekable():  # decompress the file first, since parquet is read from its end
             _copy(file, temporary, name, params.files.min_free_disk_megabytes)
@@ -233,12 +233,13 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[Piec
         # pyarrow checks the checksums of pages, if the file has checksums.
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
             _check_column(table.schema_arrow.names, name, column)
-            for batch in table.iter_batches(_ROWS, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    text = text_of_row(value, f"{name}, row {row:,}", column, _KEY)
-                    check_size(len(text), f"{name}, row {row:,}", "max_row_megabytes", megabytes)
-                    yield Piece(row, text)
+            batches = table.iter_batches(_ROWS, columns=[column])
+            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for number, value in enumerate(values, 1):
+                where = f"{name}, row {number:,}"
+                text = text_of_row(value, where, column, _KEY)
+                check_size(len(text), where, "max_row_megabytes", megabytes)
+                yield Piece(number, text)
 
 
 def _copy(file: IO[bytes], target: IO[bytes], name: str, free_megabytes: int) -> None:
