@@ -1,4 +1,4 @@
-"""Train a compact GPT and compare it with GPT-2. `compactgpt.load` loads a trained model."""
+"""Train a compact GPT and compare it with GPT-2. The function `load` loads a trained model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["Model", "Score", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `compactgpt.api` at its first use. The import of torch takes a second."""
+    """Return an attribute of `compactgpt.api`, whose import waits for its first use: it takes a second."""
     if name in __all__:
         from compactgpt import api
 

@@ -1,7 +1,4 @@
-"""The command `compactgpt`, whose subcommands are in the folder `commands`.
-
-A subcommand imports its function only when it runs, so `--help` is quick.
-"""
+"""The command `compactgpt`. The folder `commands` has its subcommands."""
 
 from typing import Annotated, Any
 
@@ -14,7 +11,7 @@ from compactgpt.common.console import echo, handle_user_errors
 
 
 class Commands(TyperGroup):
-    """A group of commands that prints a user's mistake as one sentence."""
+    """A group of commands that prints a `UserError` as one sentence."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that the user gave."""
@@ -22,7 +19,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-HELP = {"help_option_names": ["-h", "--help"]}  # every command has both options
+HELP = {"help_option_names": ["-h", "--help"]}  # typer's default is `--help` only
 app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, pretty_exceptions_enable=False)
 for title, module in {"Run": run, "Use the model": model, "Check and compare": check}.items():
     for entry in [*module.app.registered_commands, *module.app.registered_groups]:
@@ -44,5 +41,5 @@ VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help
 def main(version: Annotated[bool, VERSION] = False) -> None:
     """Train a compact GPT and compare it with GPT-2.
 
-    Run the commands in the folder of the project. `make repro` runs the whole pipeline.
+    Run the commands in the project's folder. `make repro` runs the whole pipeline.
     """

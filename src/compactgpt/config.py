@@ -1,4 +1,4 @@
-"""The sections of params.yaml as immutable typed objects. The comments of params.yaml explain each value."""
+"""The sections of params.yaml as immutable typed objects. The comments of params.yaml have the details."""
 
 import os
 import re
@@ -10,29 +10,28 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from compactgpt.common.sections import Name, Section, check_section, load_section
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch and numpy read a seed as a signed number of 64 bits
-Loss = Annotated[float, Field(gt=0, lt=700)]  # nats per token; exp(710) is too large for a float
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's seeds are signed 64-bit numbers
+Loss = Annotated[float, Field(gt=0, lt=700)]  # nats per token; the perplexity exp(710) overflows a float
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]  # name==version
-UserPath = Annotated[NonEmpty, AfterValidator(os.path.expanduser)]  # `~` is the home folder
-FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # endings of corpus files
+Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]  # such as gguf==0.19.0
+UserPath = Annotated[NonEmpty, AfterValidator(os.path.expanduser)]  # `~` becomes the home folder
+FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # suffixes of corpus files
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-# own: windows as long as the model allows; strided: overlapping windows
-View = Literal["own", "strided"]
-SCRATCH = "scratch"  # the value of training.init_from for a model that starts from random weights
+View = Literal["own", "strided"]  # own: the model's longest windows; strided: windows that overlap
+SCRATCH = "scratch"  # the value of training.init_from that starts with random weights
 
 
 def _check_glob(pattern: str) -> str:
     kinds = "|".join(FILE_KINDS).replace(".", "")
     if not re.fullmatch(rf"(?i)[^/\\:~][^\\:]*(/\*\*|\.({kinds})(\.gz|\.zst)?)", pattern):
-        allowed = f"/** (every kind of text file) or in {', '.join(FILE_KINDS)}, also with .gz or .zst"
-        raise ValueError(f"a pattern is a path inside the project, and ends in {allowed}")
+        allowed = f"/** or {', '.join(FILE_KINDS)}, also with .gz or .zst"
+        raise ValueError(f"a pattern must be a path inside the project that ends in {allowed}")
     return pattern
 
 
@@ -40,94 +39,94 @@ FileGlob = Annotated[str, AfterValidator(_check_glob)]
 
 
 class Runtime(Section):
-    """The device, the numbers of threads and processes, and how often training reports."""
+    """The device, the threads and processes, and how often training logs."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"]
-    num_threads: PositiveInt
-    num_workers: PositiveInt
-    log_interval: PositiveInt = 10
-    sample_interval: NonNegativeInt = 0
-    sample_prompt: str = ""
+    device: Literal["auto", "cpu", "cuda", "mps"]  # auto: the fastest device of this machine
+    num_threads: PositiveInt  # CPU threads that torch uses
+    num_workers: PositiveInt  # processes that parse and tokenize text
+    log_interval: PositiveInt = 10  # on a GPU: steps between two logged losses
+    sample_interval: NonNegativeInt = 0  # steps between two generated samples; 0: no samples
+    sample_prompt: str = ""  # the beginning of each generated sample
 
 
 class Docstrings(Section):
     """The built-in corpus: the docstrings of installed distributions."""
 
-    min_characters: NonNegativeInt
-    max_characters: PositiveInt
+    min_characters: NonNegativeInt  # shorter documents are left out
+    max_characters: PositiveInt  # longer documents are left out
     distributions: Annotated[dict[Name, str], Field(min_length=1)]  # name -> version
-    exclude: tuple[str, ...]
+    exclude: tuple[str, ...]  # names of folders and modules to leave out
 
 
 class Files(Section):
-    """The user's own text files. `patterns` are globs relative to the repository."""
+    """The user's own text files, and how they become documents."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]
-    text_column: NonEmpty
-    split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]
-    heading: re.Pattern[str] | None
-    split_characters: PositiveInt
-    split_over_characters: PositiveInt
-    max_decompressed_megabytes: PositiveInt
-    max_decompression_ratio: PositiveInt
-    min_free_disk_megabytes: NonNegativeInt
+    name: Annotated[str, Field(min_length=1, max_length=100)] | None = None  # of the corpus in the reports
+    patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]  # globs, relative to the repository
+    text_column: NonEmpty  # the column or key with the text of a document
+    split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]  # how .txt and .md are cut
+    heading: re.Pattern[str] | None  # with split heading, a document begins at each match
+    split_characters: PositiveInt  # minimum length of a document with split size or auto
+    split_over_characters: PositiveInt  # with split auto, only longer files are cut
+    max_decompressed_megabytes: PositiveInt  # of one compressed file
+    max_decompression_ratio: PositiveInt  # decompressed bytes per compressed byte
+    min_free_disk_megabytes: NonNegativeInt  # while a compressed parquet file is unpacked
 
     def _mistakes(self) -> Iterator[str]:
         if self.split == "heading" and self.heading is None:
-            yield "split is heading: write the regular expression of a heading line into heading"
+            yield "split is heading: set heading to a regular expression for the first line of each document"
 
 
 class HubSet(Section):
     """A data set of the Hugging Face hub, and how its rows become documents."""
 
     repo: HubRepository
-    config: str | None
+    config: str | None  # the data set's configuration, if it has several
     splits: Annotated[tuple[Name, ...], Field(min_length=1)]
-    text_column: NonEmpty
-    revision: HubCommit | Literal["refs/convert/parquet"] | None
+    text_column: NonEmpty  # the column with the text of a row
+    revision: HubCommit | Literal["refs/convert/parquet"] | None  # a commit, or a branch with sha256
     licence: str
-    sha256: Sha256 | None = None
-    opens_document: re.Pattern[str] | None = None
-    separator: NonEmpty | None = None
-    join_characters: PositiveInt | None = None
-    file: UserPath | None = None
-    file_url: NonEmpty | None = None
+    sha256: Sha256 | None = None  # of the text of all rows
+    opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
+    separator: NonEmpty | None = None  # each row is cut into parts at this text
+    join_characters: PositiveInt | None = None  # parts are joined until they have this length
+    file: UserPath | None = None  # a local copy, read instead of the hub
+    file_url: NonEmpty | None = None  # where the user can download `file`
 
     def _mistakes(self) -> Iterator[str]:
         if self.opens_document is not None and self.separator is not None:
-            yield "opens_document joins rows and separator cuts them: one of the two at most"
+            yield "opens_document joins rows, and separator cuts them: give one of the two at most"
         if str(self.revision).startswith("refs/") and self.sha256 is None:
-            yield "revision is a branch, which moves: give the sha256 of the text, or a commit"
+            yield "revision is a branch, which moves: give sha256, or a commit as the revision"
 
 
 class HubCorpus(Section):
-    name: Name  # the corpus is the data set `sets[name]`
-    mirror: UserPath | None
+    name: Name  # the key of the corpus in `sets`
+    mirror: UserPath | None  # local copy of the data set's repository, read instead of the hub
     sets: dict[Name, HubSet]
 
     def _mistakes(self) -> Iterator[str]:
         if self.name not in self.sets:
-            yield f"name {self.name!r} has no entry in sets; it has {sorted(self.sets)}"
+            yield f"name {self.name!r} has no entry in sets; sets has {sorted(self.sets)}"
 
 
 class Tokenizer(Section):
-    """The wheel that contains the files of GPT-2's tokenizer."""
+    """The wheel that contains GPT-2's tokenizer."""
 
     encoding: Literal["gpt2"]
     wheel: Wheel
-    wheel_folder: str
+    wheel_folder: str  # the folder of the tokenizer files in the wheel
     vocab_bpe_sha256: Sha256
     encoder_json_sha256: Sha256
 
 
 class Download(Section):
-    corpus: Literal["docstrings", "files", "hub"]
-    max_documents: PositiveInt | None
-    max_bytes: PositiveInt | None
-    shard_megabytes: PositiveInt
-    max_document_megabytes: Annotated[int, Field(gt=0, le=1000)]
-    max_row_megabytes: Annotated[int, Field(gt=0, le=1000)]
+    corpus: Literal["docstrings", "files", "hub"]  # the section below that is the corpus
+    max_documents: PositiveInt | None  # use only the first documents; None: all
+    max_bytes: PositiveInt | None  # use at most this much text; None: all
+    shard_megabytes: PositiveInt  # size of each file of documents
+    max_document_megabytes: Annotated[int, Field(gt=0, le=1000)]  # a longer .txt or .md document is an error
+    max_row_megabytes: Annotated[int, Field(gt=0, le=1000)]  # a longer row is an error
     docstrings: Docstrings
     files: Files
     hub: HubCorpus
@@ -135,39 +134,38 @@ class Download(Section):
 
 
 class Validation(Section):
-    min_characters: NonNegativeInt
-    max_characters: PositiveInt
+    min_characters: NonNegativeInt  # of one document
+    max_characters: PositiveInt  # of one document
     min_documents: PositiveInt
-    min_total_megabytes: NonNegativeFloat
-    min_letter_share: Share
-    max_replacement_share: Share
-    min_unique_share: Share
-    mostly: Share
-    # A sample of fewer documents could be empty.
-    max_rows: Annotated[int, Field(ge=1000)]
+    min_total_megabytes: NonNegativeFloat  # of all documents together
+    min_letter_share: Share  # share of letters in one document, without white space
+    max_replacement_share: Share  # share of U+FFFD in one document
+    min_unique_share: Share  # share of documents that equal no other document
+    mostly: Share  # share of documents that must meet each expectation
+    max_rows: Annotated[int, Field(ge=1000)]  # size of the checked sample; below 1,000 it could be empty
 
 
 class Tokenization(Section):
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    split: Literal["hash", "tail"] = "hash"
-    encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"
-    engine: Literal["local", "ray"] = "local"
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]  # the share of the val split
+    split: Literal["hash", "tail"] = "hash"  # val: by each text's hash, or the corpus's end
+    encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"  # both give the same token ids
+    engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster
 
 
 class Inspection(Section):
     min_val_documents: PositiveInt
-    max_val_deviation: PositiveFloat
-    shingle_words: PositiveInt
-    permutations: PositiveInt
-    bands: PositiveInt
+    max_val_deviation: PositiveFloat  # of val's size from val_fraction, in standard deviations
+    shingle_words: PositiveInt  # MinHash compares word sequences of this length
+    permutations: PositiveInt  # length of a MinHash signature
+    bands: PositiveInt  # parts of a signature that are compared
     seed: Seed
-    similarity: PositiveShare
-    overlap_words: PositiveInt
-    flagged_overlap: Share
-    leaked_overlap: PositiveShare
-    max_leaked_share: Share
-    max_repeated_share: Share
-    max_listed: NonNegativeInt
+    similarity: PositiveShare  # near duplicates are at least this similar
+    overlap_words: PositiveInt  # length of the val sequences searched in train
+    flagged_overlap: Share  # with more overlap, a val document is reported
+    leaked_overlap: PositiveShare  # from this overlap on, a val document is leaked
+    max_leaked_share: Share  # share of val documents; more stop the pipeline
+    max_repeated_share: Share  # share of documents with a duplicate
+    max_listed: NonNegativeInt  # duplicates in train that the report lists
 
     def _mistakes(self) -> Iterator[str]:
         if self.permutations % self.bands:
@@ -177,15 +175,15 @@ class Inspection(Section):
 class Model(Section):
     """The shape of a GPT, with the names of nanoGPT's GPTConfig."""
 
-    block_size: PositiveInt
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
+    block_size: PositiveInt  # context length in tokens
+    n_layer: PositiveInt  # number of transformer blocks
+    n_head: PositiveInt  # attention heads in each block
+    n_embd: PositiveInt  # width of the hidden states
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]  # a token id has 32 bits at most
-    padded_vocab_size: PositiveInt
-    bias: bool
+    padded_vocab_size: PositiveInt  # rows of the token embedding; a multiple of 64 is faster
+    bias: bool  # in linear layers and layer norms
     dropout: ShareBelowOne
-    gelu: Literal["erf", "tanh"] = "erf"
+    gelu: Literal["erf", "tanh"] = "erf"  # erf as in nanoGPT, tanh as in GPT-2
 
     def _mistakes(self) -> Iterator[str]:
         if self.n_embd % self.n_head:
@@ -198,65 +196,64 @@ class Launcher(Section):
     """How many processes train one model, and how they divide the work."""
 
     processes: PositiveInt = 1
-    mode: Literal["fast", "fsdp"] = "fast"
-    max_restarts: NonNegativeInt = 3
-    timeout_seconds: PositiveInt = 600
+    mode: Literal["fast", "fsdp"] = "fast"  # fast: data parallel; fsdp: sharded weights
+    max_restarts: NonNegativeInt = 3  # restarts after a process has died
+    timeout_seconds: PositiveInt = 600  # how long a process waits for the others
 
 
 class Training(Section):
     seed: Seed
-    init_from: UserPath = SCRATCH
-    init_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
-    dtype: Literal["float32", "tfloat32", "bfloat16"] = "float32"
-    compile: bool = False
+    init_from: UserPath = SCRATCH  # scratch, or the folder of a model
+    init_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""  # hash of the folder in init_from
+    dtype: Literal["float32", "tfloat32", "bfloat16"] = "float32"  # of matrix products; weights are float32
+    compile: bool = False  # whether torch.compile compiles the model
     max_steps: PositiveInt
-    tokens_per_step: PositiveInt
-    micro_batch_size: PositiveInt
-    optimizer: Literal["adamw", "muon"]
-    learning_rate: PositiveFloat
-    embedding_learning_rate: PositiveFloat
-    muon_learning_rate: PositiveFloat
-    min_lr_ratio: Share
-    schedule: Literal["cosine", "linear", "wsd", "constant"]
+    tokens_per_step: PositiveInt  # of all micro-batches and processes together
+    micro_batch_size: PositiveInt  # sequences in one forward pass
+    optimizer: Literal["adamw", "muon"]  # muon trains only hidden matrices, AdamW the rest
+    learning_rate: PositiveFloat  # of AdamW
+    embedding_learning_rate: PositiveFloat  # of token embeddings
+    muon_learning_rate: PositiveFloat  # of Muon, for the hidden matrices
+    min_lr_ratio: Share  # the last learning rate divided by the highest
+    schedule: Literal["cosine", "linear", "wsd", "constant"]  # of the learning rates after the warm-up
     warmup_steps: NonNegativeInt
-    decay_share: Share
+    decay_share: Share  # share of max_steps in which schedule wsd decays
     weight_decay: NonNegativeFloat
     beta1: ShareBelowOne
     beta2: ShareBelowOne
-    grad_clip: NonNegativeFloat
-    eval_interval: PositiveInt
-    eval_windows: PositiveInt
-    checkpoint_interval: PositiveInt
-    head: Literal["full", "sampled"] = "full"
-    sample_tokens: PositiveInt = 4096
-    sample_power: Share = 0.75
-    init_unigram: NonNegativeFloat = 0.0
-    init_positions: NonNegativeFloat = 0.0
-    position_learning_rate: PositiveFloat | None = None
+    grad_clip: NonNegativeFloat  # maximum norm of the gradient; 0: no maximum
+    eval_interval: PositiveInt  # steps between two estimates of val's loss
+    eval_windows: PositiveInt  # windows of val in one estimate
+    checkpoint_interval: PositiveInt  # steps between two checkpoints
+    head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or a sample of it
+    sample_tokens: PositiveInt = 4096  # expected number of sampled vocabulary entries
+    sample_power: Share = 0.75  # tokens are sampled by their count to this power
+    init_unigram: NonNegativeFloat = 0.0  # above 0: the first logits are log frequencies
+    init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoids; 0: random position embeddings
+    position_learning_rate: PositiveFloat | None = None  # None: embedding_learning_rate
     launcher: Launcher = Launcher()
 
     def _mistakes(self) -> Iterator[str]:
         if self.head == "sampled" and (self.dtype == "bfloat16" or self.launcher.mode == "fsdp"):
-            yield "head (sampled) needs dtype float32 or tfloat32, and launcher.mode fast; head full does not"
+            yield "head sampled needs dtype float32 or tfloat32, and launcher.mode fast; or set head: full"
         if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
             yield f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}"
         if (self.init_from == SCRATCH) != (not self.init_sha256):
-            rule = f"empty for {SCRATCH}, else the folder's hash; with 64 zeros the stage prints the hash"
+            rule = f"empty for {SCRATCH}, else the folder's hash (write 64 zeros: the stage prints it)"
             yield f"init_from is {self.init_from}: init_sha256 ({self.init_sha256 or 'empty'}) must be {rule}"
 
 
 class Likelihood(Section):
-    document_tokens: PositiveInt | None = None  # of each document, the first N tokens are scored; None: all
-    window: PositiveInt
-    # Neural models are also measured in these views, in addition to windows of `window` tokens.
-    views: tuple[View, ...] = ()
-    batch_size: PositiveInt
-    own_context: PositiveInt
-    stride_share: PositiveShare
+    document_tokens: PositiveInt | None = None  # scored tokens at each document's start; None: all
+    window: PositiveInt  # tokens of context
+    views: tuple[View, ...] = ()  # additional scores of the neural models
+    batch_size: PositiveInt  # windows in one forward pass
+    own_context: PositiveInt  # maximum context in the views, in tokens
+    stride_share: PositiveShare  # step of the strided view, as a share of its context
 
 
 class Source(Section):
-    """A published text file: a local file, or a file on the Hugging Face hub."""
+    """A published text file, local or on the Hugging Face hub."""
 
     path: UserPath | None = None
     repo: str | None = None
@@ -271,26 +268,26 @@ class Source(Section):
 
 
 class Tasks(Section):
-    """The tasks of every neural model: last words (cloze, LAMBADA), and WikiText."""
+    """The tasks of every neural model: to predict last words (cloze, LAMBADA), and WikiText."""
 
-    cloze_items: NonNegativeInt
-    cloze_characters: PositiveInt
+    cloze_items: NonNegativeInt  # passages of val whose last word is predicted
+    cloze_characters: PositiveInt  # length of the text before that word
     lambada: Source | None = None
     lambada_original: Source | None = None
-    wikitext: dict[Name, Source]
+    wikitext: dict[Name, Source]  # name -> test split
     wikitext_context: PositiveInt
     wikitext_stride: PositiveInt
 
 
 class Text(Section):
     prompts: tuple[str, ...]
-    documents: Annotated[int, Field(ge=2)]
-    prompt_tokens: PositiveInt
+    documents: Annotated[int, Field(ge=2)]  # val documents whose beginnings the models continue
+    prompt_tokens: PositiveInt  # length of each beginning
     max_new_tokens: Annotated[int, Field(ge=5)]
-    temperature: PositiveFloat
+    temperature: PositiveFloat  # of top-k sampling
     top_k: PositiveInt
-    top_p: PositiveShare
-    batch_size: PositiveInt
+    top_p: PositiveShare  # of nucleus sampling
+    batch_size: PositiveInt  # texts that are generated at once
     seed: Seed
 
 
@@ -300,57 +297,55 @@ class Evaluation(Section):
     text: Text
 
 
-class Unigram(Section):
+class _Labelled(Section):
+    label: str = ""  # name of the baseline in tables; empty: its key in `specs`
+
+
+class Unigram(_Labelled):
     """A model that knows only the token frequencies of the train split."""
 
-    label: str = ""  # the name of the baseline in tables; empty: its key in `specs`
     kind: Literal["unigram"]
 
 
-class Compressor(Section):
-    label: str = ""
+class Compressor(_Labelled):
     kind: Literal["compressor"]
     codec: Literal["xz", "zstd"]
     level: PositiveInt
-    train_megabytes: NonNegativeInt
+    train_megabytes: NonNegativeInt  # size of the dictionary; 0: no dictionary
 
     def _mistakes(self) -> Iterator[str]:
         if self.level > (highest := {"xz": 9, "zstd": 22}[self.codec]):
             yield f"level ({self.level}) must be at most {highest} for {self.codec}"
         if self.codec == "xz" and self.train_megabytes:
-            yield "train_megabytes must be 0 for xz, which takes no dictionary; zstd does"
+            yield "train_megabytes must be 0 for xz: only zstd takes a dictionary"
 
 
-class Ngram(Section):
-    label: str = ""
+class Ngram(_Labelled):
     kind: Literal["ngram"]
-    order: Annotated[int, Field(ge=3, le=5)]
-    train_tokens: PositiveInt  # maximum number of tokens, from the start of the train split
+    order: Annotated[int, Field(ge=3, le=5)]  # tokens in the longest n-gram
+    train_tokens: PositiveInt  # maximum number, from the start of train
 
 
-class Gguf(Section):
+class Gguf(_Labelled):
     """A GGUF file inside a wheel of the package index."""
 
-    label: str = ""
     kind: Literal["gguf"]
     wheel: Wheel
-    file: str
+    file: str  # path inside the wheel
     sha256: Sha256
 
 
-class Folder(Section):
+class Folder(_Labelled):
     """A causal language model in Hugging Face's format in a local folder, with safetensors weights."""
 
-    label: str = ""
     kind: Literal["folder"]
     path: UserPath
-    sha256: Sha256 | None = None  # hash of the folder; if it is None, the stage stops and prints the hash
+    sha256: Sha256 | None = None  # hash of the folder; None: the stage stops and prints it
 
 
-class Hub(Section):
+class Hub(_Labelled):
     """A causal language model on the Hugging Face hub at a commit, with safetensors weights."""
 
-    label: str = ""
     kind: Literal["hub"]
     repo: HubRepository
     revision: HubCommit
@@ -360,12 +355,12 @@ BaselineSpec = Annotated[Unigram | Compressor | Ngram | Gguf | Folder | Hub, Fie
 
 
 class Baseline(Section):
-    names: tuple[Name, ...]
+    names: tuple[Name, ...]  # the baselines that the pipeline runs
     specs: dict[Name, BaselineSpec]
 
     def _mistakes(self) -> Iterator[str]:
         if missing := [name for name in self.names if name not in self.specs]:
-            yield f"names {missing} have no entry in specs; it has {sorted(self.specs)}"
+            yield f"names {missing} have no entry in specs; specs has {sorted(self.specs)}"
         if len(set(self.names)) != len(self.names):
             yield f"names {list(self.names)} must be different from each other"
 
@@ -378,27 +373,27 @@ class ExpectedLoss(Section):
     high_80: Loss
     low_95: Loss
     high_95: Loss
-    basis: str
+    basis: str  # how the prediction was made
 
 
 class NoteRun(Model):
     max_steps: PositiveInt
     tokens_per_step: PositiveInt
     micro_batch_size: PositiveInt
-    corpus_tokens: PositiveInt
+    corpus_tokens: PositiveInt  # tokens of the train split
     hand_set_loss: ExpectedLoss
 
 
 class Machine(Section):
-    peak_teraflops: PositiveFloat
-    utilisation: PositiveShare
+    peak_teraflops: PositiveFloat  # 10^12 FLOPs per second
+    utilisation: PositiveShare  # share of the peak that training reaches
     source: str
 
 
 class Run(Section):
     """The size and the budget of a training run."""
 
-    num_params: PositiveInt  # without position embeddings, as nanoGPT counts
+    num_params: PositiveInt  # without position embeddings
     num_params_non_embedding: PositiveInt
     max_steps: PositiveInt
     tokens_per_step: PositiveInt
@@ -422,30 +417,30 @@ class Anchor(Run):
     loss: PositiveFloat  # nats per token
     corpus: str
     source: str
-    assumed_budget: bool = False  # True: max_steps is a guess, so this run predicts no other run
+    assumed_budget: bool = False  # True: max_steps is a guess, so no forecast uses this run
 
 
 class Estimate(Section):
     note: NoteRun
-    corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)
-    utilisation_of_products: PositiveShare = 0.6
+    corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)  # data set -> its number of tokens
+    utilisation_of_products: PositiveShare = 0.6  # share of the matrix product speed that training reaches
     machines: Annotated[dict[Name, Machine], Field(min_length=1)]
-    anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]
+    anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]  # reference runs
 
 
 class Comparison(Section):
-    language: Literal["en", "fr"]
+    language: Literal["en", "fr"]  # of the Markdown reports and the charts
 
 
 class Regression(Section):
     """The limits of `compactgpt gate`: how much worse a metric may become."""
 
-    false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
-    fallback_noise: NonNegativeFloat
-    max_documents: PositiveInt
-    max_baseline_change: NonNegativeFloat
-    min_throughput_ratio: PositiveFloat
-    tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]
+    false_alarms: Annotated[float, Field(gt=0, lt=0.5)]  # probability of a failure by chance
+    fallback_noise: NonNegativeFloat  # standard deviation of the loss between seeds, if not measured
+    max_documents: PositiveInt  # maximum number in a gate reference
+    max_baseline_change: NonNegativeFloat  # nats per token
+    min_throughput_ratio: PositiveFloat  # our training speed divided by nanoGPT's
+    tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]  # allowed worsening
 
 
 class Params(Section):
@@ -472,17 +467,17 @@ class Params(Section):
             yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`: write `$ {{`"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
-                rule = "must begin with corpus/, which DVC watches: `dvc add PATH -o corpus/NAME` copies it"
-                yield f"download.files.patterns: found {pattern}, {rule}"
+                rule = "must begin with corpus/, the folder that DVC tracks: `dvc add PATH -o corpus/NAME`"
+                yield f"download.files.patterns: found {pattern}, which {rule}"
         if (window := self.evaluation.likelihood.window) > longest:
             yield f"evaluation.likelihood.window ({window}) must be at most model.block_size ({longest})"
 
 
 def load_params(path: Path) -> Params:
-    """Read and check params.yaml; raises MissingInput or BadConfig."""
+    """Return the checked content of params.yaml; raises MissingInput or BadConfig."""
     return load_section(path, Params)
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
-    """Check the parsed content of params.yaml; raises BadConfig. `source` names the content in messages."""
+    """Return the checked content of params.yaml after parsing; raises BadConfig, which names `source`."""
     return check_section(tree, Params, source)

@@ -1,7 +1,4 @@
-"""Named experiments: files of settings for params.yaml, `conf/experiments/<name>.yaml`.
-
-The settings of `demo.yaml` are written first, then those of the experiment.
-"""
+"""Named experiments: the files conf/experiments/NAME.yaml, whose values replace those of params.yaml."""
 
 import copy
 import difflib
@@ -34,7 +31,7 @@ Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 
 
 class Part(Section):
-    """Settings that several experiments share."""
+    """Settings of conf/parts that several experiments share."""
 
     params: dict[str, Any]
 
@@ -43,35 +40,34 @@ class SweepGroup(Section):
     """Runs of a sweep that differ only in their seed."""
 
     params: dict[str, int | float | str] = Field(default_factory=dict)  # dotted key of params.yaml -> value
-    seeds: tuple[int, ...] = ()  # the seed of each run; empty: a single run, with the seed of params.yaml
-    start: Name | None = None  # name of an earlier run of this sweep, from whose weights these runs start
-    train_documents: int | None = None  # number of train documents, spread evenly over the split; None: all
-    train_source: str | None = None  # train only on the documents of this Python package, such as `torch`
+    seeds: tuple[int, ...] = ()  # one run for each seed; empty: one run with the seed of params.yaml
+    start: Name | None = None  # start from the final weights of this earlier run of the sweep
+    train_documents: int | None = None  # train on this many documents of the split; None: all
+    train_source: str | None = None  # train only on the documents of this Python package
 
 
 class Expected(Section):
-    """A quantity that small runs measure, and the claims about it."""
+    """A ratio or difference that small runs measure, and the claims about it."""
 
     claims: tuple[str, ...]  # ids of the claims in claims.yaml
-    # The claims compare the quantity with 1 if it is a ratio, with 0 if it is a difference.
-    expected: Literal["above", "below"]
-    quantity: Line  # the name of the quantity in the report
-    otherwise: Line  # the conclusion in the report if the runs do not support the claims
+    expected: Literal["above", "below"]  # the claimed side of 1 (for a ratio) or 0 (for a difference)
+    quantity: Line  # the name of the ratio or difference in the report
+    otherwise: Line  # the report's conclusion if the runs do not support the claims
 
 
 class Comparison(Expected):
-    """A ratio of perplexities: those of the group `ours` to those of the group `theirs`."""
+    """The perplexity of one group of runs divided by that of another group."""
 
-    ours: Name
-    theirs: Name
+    ours: Name  # the group in the numerator
+    theirs: Name  # the group in the denominator
     source: str | None = None  # score only the val documents of this Python package
 
 
 class TextComparison(Expected):
-    """A difference of the text statistic `figure`: our model's minus a baseline's."""
+    """A statistic of our model's generated texts minus that of a baseline's texts."""
 
     baseline: Name
-    figure: TextFigure
+    figure: TextFigure  # the statistic
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class SweepPoint:
     name: str
     group: str
     sweep: SweepGroup
-    values: dict[str, Any]  # key of params.yaml, or of SweepGroup -> value
+    values: dict[str, Any]  # the values that differ from params.yaml, for the report
     params: Params
 
 
@@ -93,16 +89,16 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
-    comparisons: tuple[Comparison, ...] = ()  # of groups in this sweep or in the sweep `seeds`
-    texts: tuple[TextComparison, ...] = ()  # comparisons of the generated texts in reports/
+    comparisons: tuple[Comparison, ...] = ()  # of groups of this sweep, or of the sweep `seeds`
+    texts: tuple[TextComparison, ...] = ()  # of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
-            yield "a sweep runs over params.yaml as it is: set values in its groups, not in params or parts"
+            yield "a sweep has no params and no parts: set values in its groups"
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
-    """Return every named experiment, by its name."""
+    """Return all named experiments: name -> experiment."""
     folder = conf / "experiments"
     if not folder.is_dir():
         raise MissingInput(f"{folder} is missing: run from the repository folder")
@@ -110,7 +106,7 @@ def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
 
 
 def find_experiment(name: str, conf: Path = CONF) -> Experiment:
-    """Return one experiment by its name; raises BadConfig if no experiment has this name."""
+    """Return the experiment with this name; raises BadConfig if there is none."""
     known = load_experiments(conf)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -120,7 +116,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
-    """Set the values of `demo`, of the experiment, and of `settings`, in this order."""
+    """Change the tree of params.yaml: first to `demo`, then to the experiment, then by `settings`."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
@@ -135,16 +131,16 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             merge_patch(tree[key], value)
             if not tree[key]:
-                tree[key] = {}  # a new mapping: ruamel.yaml writes an emptied one without indentation
+                tree[key] = {}  # ruamel.yaml would write the emptied mapping without indentation
         elif value is None:
-            if tree.get(key) is not None:  # if the key is already null, its line and comment stay
+            if tree.get(key) is not None:  # a key that is already null keeps its line and comment
                 del tree[key]
-        elif tree.get(key) != value:  # params.yaml keeps the notation of an equal value, such as 2.0e-3
+        elif tree.get(key) != value:  # an equal value keeps its notation, such as 2.0e-3
             tree[key] = copy.deepcopy(value)
 
 
 def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
-    """Apply settings `path.to.key=value`, as `dvc exp run -S` does; the value is YAML."""
+    """Apply settings such as `training.max_steps=9` to the tree of params.yaml, as `dvc exp run -S` does."""
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
@@ -159,12 +155,12 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
-        if key not in node or node[key] != value:  # params.yaml keeps the notation of an equal value
+        if key not in node or node[key] != value:  # an equal value keeps its notation, such as 2.0e-3
             node[key] = value
 
 
 def load_changed_params(params_file: Path, settings: Sequence[str]) -> Params:
-    """Return the configuration of params.yaml with `key=value` settings, without writing the file."""
+    """Return the configuration of params.yaml with changes `key=value`. The file stays as it is."""
     tree = _read_tree(params_file)
     set_values(tree, settings)
     return parse_params(tree, " ".join([str(params_file), *(f"-S {setting}" for setting in settings)]))
@@ -180,9 +176,9 @@ def _read_tree(params_file: Path) -> dict[str, Any]:
 def edit_params(
     params_file: Path, change: Callable[[dict[str, Any]], None], source: str
 ) -> tuple[str, list[str]]:
-    """Return the changed text of params.yaml, and a line for each value that differs.
+    """Return the text of params.yaml after `change`, and a line for each value that differs.
 
-    `source` names the file in messages. Raises BadConfig if the old or the new text is not valid.
+    Raises BadConfig, which names the changed text as `source`, if a text is not valid.
     """
     before = _read_tree(params_file)
     yaml = YAML()
@@ -215,7 +211,7 @@ def _list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: s
 def apply(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
 ) -> list[str]:
-    """Write an experiment and `key=value` settings to params.yaml, and return a line per change."""
+    """Write an experiment and changes `key=value` to params.yaml, and return a line for each change."""
     change = partial(set_experiment, name=name, conf=conf, settings=settings)
     content, changes = edit_params(params_file, change, f"params.yaml with {name}")
     if write and changes:
@@ -224,7 +220,7 @@ def apply(
 
 
 def describe(name: str, params_file: Path, settings: Sequence[str] = ()) -> list[str]:
-    """Return lines: the purpose of an experiment, its needs, and its changes."""
+    """Return lines with the purpose of an experiment, its needs, and its changes of params.yaml."""
     experiment = find_experiment(name)
     changes = [f"{point.name}: {point.values}" for point in sweep_points(name, params_file, settings)]
     if not experiment.sweep:
@@ -251,7 +247,7 @@ def sweep_points(
 def configurations(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF
 ) -> list[Params]:
-    """Return the configuration of each run of an experiment, without writing a file."""
+    """Return the configuration of each run of an experiment; params.yaml stays as it is."""
     if find_experiment(name, conf).sweep:
         return [point.params for point in sweep_points(name, params_file, settings, conf)]
     tree = _read_tree(params_file)
@@ -260,27 +256,24 @@ def configurations(
 
 
 def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
-    """Apply an experiment, and run the pipeline with `dvc exp run`.
-
-    Raises MissingInput if DVC or a git repository is missing.
-    """
+    """Apply an experiment to params.yaml, and run the pipeline with `dvc exp run`."""
     _dvc_environment()
     require_repository(Path())
     check_dependencies(params_file.parent)
     apply(name, params_file, settings)
-    # The time makes the name new: DVC refuses a second experiment of the same name.
+    # The name has the time, because DVC refuses a second experiment of the same name.
     run_dvc(["exp", "run", "-n", time.strftime(f"{name}-%Y%m%d-%H%M%S")])
 
 
 def _dvc_environment() -> dict[str, str]:
-    """Return the environment variables, with the folder of this Python first on the PATH."""
+    """Return environment variables that put this Python's DVC first; raises MissingInput without DVC."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("dvc", path=path):
-        raise MissingInput("this needs DVC, which is not installed: pip install 'compactgpt[pipeline]'")
+        raise MissingInput("DVC is not installed: run `pip install 'compactgpt[pipeline]'`")
     return {**os.environ, "PATH": path}
 
 
 def run_dvc(words: list[str]) -> None:
-    """Run DVC; raises CheckFailed if DVC failed, after DVC has printed why."""
+    """Run DVC, which prints what it does; raises CheckFailed if DVC fails."""
     if subprocess.run(["dvc", *words], check=False, env=_dvc_environment()).returncode:
-        raise CheckFailed(f"dvc {' '.join(words)} failed: correct what it reports above, then run it again")
+        raise CheckFailed(f"dvc {' '.join(words)} failed: correct what DVC reports above, then run it again")

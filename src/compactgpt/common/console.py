@@ -24,18 +24,18 @@ from compactgpt.common.errors import (
 
 
 class Progress(Protocol):
-    """A function that shows progress. A long computation calls it again and again."""
+    """The type of a function that shows how much of a long computation is done."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
         """Show that `done` of `total` units are finished."""
 
 
 def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-    """Show no progress. Functions with an argument `progress` use this function by default."""
+    """Show no progress: the default value of each argument `progress`."""
 
 
 class ProgressBar:
-    """A progress bar on a terminal; otherwise a line on stderr every 15 seconds."""
+    """A progress bar on a terminal, or else a line on stderr every 15 seconds."""
 
     def __init__(self, name: str, unit: str) -> None:
         self.name, self.unit = name, unit
@@ -48,8 +48,9 @@ class ProgressBar:
             self._draw(done, total, figures)
         elif time.monotonic() >= self._next_line or done == total:
             self._next_line = time.monotonic() + 15
+            amount = f"{done:,} of {total:,}" if total else f"{done:,}"  # 0: the total is unknown
             extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
-            report(f"{self.name}: {done:,} of {total:,} {self.unit}{extra}")
+            report(f"{self.name}: {amount} {self.unit}{extra}")
 
     def _draw(self, done: int, total: int, figures: Mapping[str, str] | None) -> None:
         if self._bar is None:
@@ -67,7 +68,7 @@ class ProgressBar:
 
 @contextmanager
 def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
-    """Print a UserError as one sentence, and exit with its code. Ctrl-C prints `stopped`."""
+    """Print a UserError as one sentence, and exit with its code. Print `stopped` on Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -77,18 +78,18 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         user_error = _user_error_of(error)
         if user_error is None:  # a bug, which needs its traceback
             raise
-        # All processes can raise the same error, so only the main process prints it.
+        # Each process of a distributed training can raise the same error. Only the main process prints it.
         single_process_errors = BadData | DiskFull | MissingInput | OutOfMemory
         if dist_info().is_main_process or isinstance(user_error, single_process_errors):
             report(f"error: {user_error}")
-        # torchrun sends SIGTERM to all processes when one fails. The signal would change the exit code.
+        # When a process fails, torchrun sends SIGTERM to all. The signal would change the exit code.
         if under_torchrun():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(user_error.exit_code) from error
 
 
 def _user_error_of(error: Exception) -> UserError | None:
-    """Return the `UserError` for an exception; None for a bug of this project."""
+    """Return an exception as a `UserError`, or None if it is a bug of this project."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error.name or "")):
@@ -96,9 +97,9 @@ def _user_error_of(error: Exception) -> UserError | None:
     if isinstance(error, OSError):
         name = error.filename or Path.cwd()
         if error.errno == errno.EIO:
-            return DiskFailed(f"the disk failed ({name}): check it, then run again")
+            return DiskFailed(f"the disk failed ({name}): check the disk, then run the command again")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return DiskFull(f"no space left on the disk ({name}): free some space and run again")
+            return DiskFull(f"no space left on the disk ({name}): free some, then run the command again")
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             advice = "run in a folder where you may read and write, or change its permissions"
             return NotAllowed(f"{name}: {error.strerror}: {advice}")
@@ -106,13 +107,13 @@ def _user_error_of(error: Exception) -> UserError | None:
 
 
 def _extra_with(module: str) -> str:
-    """Return the group of optional dependencies that installs a module; empty if there is none."""
-    from importlib import metadata  # takes 50 ms, and is rarely needed
+    """Return the extra of this package that installs a module, such as `pipeline`, or an empty string."""
+    from importlib import metadata  # this import takes 50 ms, and only an error message needs it
 
     package = module.partition(".")[0].replace("_", "-")
-    with suppress(metadata.PackageNotFoundError):  # compactgpt may run without being installed
+    with suppress(metadata.PackageNotFoundError):  # a checkout can run without being installed
         for line in metadata.requires("compactgpt") or []:
-            # Example of a line: `dvc>=3.67; extra == "pipeline"`. The name `dvc` must not match `dvc-s3`.
+            # Example: `dvc>=3.67; extra == "pipeline"`. The module `dvc` must not match `dvc-s3`.
             found = re.match(rf"{package}(?![\w.-]).*extra == ['\"](\w+)['\"]", line.replace("_", "-"))
             if found:
                 return found[1]

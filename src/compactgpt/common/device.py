@@ -1,6 +1,6 @@
-"""Prepare a process that trains or evaluates: memory, CPU threads, device, rank, precision, signals.
+"""Set up a process that trains or evaluates: memory, CPU threads, device, precision, signals.
 
-Call `prepare_process` before the program imports torch.
+A program calls `prepare_process` before it imports torch.
 """
 
 import ctypes
@@ -15,18 +15,16 @@ from types import FrameType
 
 from compactgpt.common.errors import BadConfig
 
-# Constants of glibc's malloc.h
+# Options of glibc's mallopt (malloc.h)
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
-# A constant of Linux's mman.h
-_MADV_HUGEPAGE = 14
+_MADV_HUGEPAGE = 14  # from Linux's mman.h
 
 
 def prepare_heap() -> bool:
-    """Make glibc keep the memory of freed tensors, and ask Linux for large pages.
+    """Make glibc keep freed memory, and ask Linux for large pages; return whether both worked.
 
-    Kept memory makes training 1.2 to 1.6 times as fast. Large pages add a factor of up to 1.2.
-    Returns False if glibc is missing, the address space is limited, or Linux has no large pages.
+    Kept memory makes training 1.2 to 1.6 times as fast, and large pages up to 1.2 times.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -36,7 +34,7 @@ def prepare_heap() -> bool:
     page = os.sysconf("SC_PAGE_SIZE")
     size = os.sysconf("SC_PHYS_PAGES") // 2 * page
     libc.malloc.restype = ctypes.c_void_p
-    # A page of this heap occupies no memory until the process writes to it.
+    # A page of this block uses no memory until the process writes to it.
     heap = libc.malloc(ctypes.c_size_t(size))
     if not heap:  # malloc fails if `ulimit -v` limits the address space
         return False
@@ -47,11 +45,10 @@ def prepare_heap() -> bool:
 
 
 def prepare_process(num_threads: int) -> None:
-    """Set the memory allocator, and the number of CPU threads that torch uses."""
+    """Set up the memory, and set the number of CPU threads that torch uses."""
     prepare_heap()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    # A waiting thread checks so often in a loop before it sleeps. With libgomp's default of 300,000, it can
-    # occupy a core that another thread needs.
+    # How often a waiting thread loops before it sleeps. libgomp's 300,000 loops can block a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 
@@ -59,10 +56,7 @@ def prepare_process(num_threads: int) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """Return `device`, or for `auto` the fastest device.
-
-    Raises BadConfig if torch does not find `device`.
-    """
+    """Return `device`, or the fastest device if it is `auto`; raises BadConfig if torch lacks the device."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -70,15 +64,15 @@ def resolve_device(device: str) -> str:
         return next(name for name in available if available[name])
     if not available[device]:
         raise BadConfig(
-            f"runtime.device: found {device}, but torch {torch.__version__} finds no such device on this "
-            f"machine; use auto, or {' or '.join(name for name in available if available[name])}"
+            f"runtime.device: found {device}, which torch {torch.__version__} can't use here; "
+            f"use auto, or {' or '.join(name for name in available if available[name])}"
         )
     return device
 
 
 @dataclass(frozen=True)
 class DistInfo:
-    """Rank of this process and number of processes; by default a single process."""
+    """The rank of this process and the number of processes; by default a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -91,19 +85,19 @@ class DistInfo:
 
 
 def dist_info() -> DistInfo:
-    """Return what torchrun set in RANK, WORLD_SIZE and LOCAL_RANK, or by default DistInfo()."""
+    """Return the rank and the number of processes; without torchrun, those of a single process."""
     if not under_torchrun():
         return DistInfo()
     return DistInfo(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def under_torchrun() -> bool:
-    """Return whether torchrun, or `launch` of training.distributed, started this process."""
+    """Return whether torchrun or `training.distributed.launch` started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def set_precision(dtype: str) -> None:
-    """Allow TF32 for float32 matrix products on Nvidia's GPUs, unless `dtype` is float32."""
+    """Let Nvidia's GPUs compute float32 matrix products in TF32, unless `dtype` is float32."""
     import torch
 
     torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
@@ -113,8 +107,7 @@ def set_precision(dtype: str) -> None:
 def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether SIGTERM or Ctrl-C has requested a stop.
 
-    A second request ends the process. Signals within `same_seconds` of the first belong to the same request.
-    Raises ValueError if this is not the main thread.
+    A second signal ends the process, unless it comes within `same_seconds` of the first.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     requested_at: float | None = None

@@ -1,16 +1,13 @@
-"""Errors that a user can act on, each with an exit code that scripts can test.
-
-Any exception other than `UserError` is a bug of this project. Most exit codes come from sysexits.h.
-"""
+"""Errors that a user can correct, each with its exit code. Any other exception is a bug of this project."""
 
 import unicodedata
 
-# Unicode categories: control, format, surrogate, line separator and paragraph separator.
+# Unicode's categories of control, format, surrogate, line separator and paragraph separator.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return `text` with control and invisible characters as escapes, except the characters in `keep`."""
+    """Return a text with escapes for control and invisible characters, except for those in `keep`."""
     if text.isprintable():
         return text
     return "".join(
@@ -22,9 +19,9 @@ def printable(text: str, keep: str = "") -> str:
 
 
 class UserError(Exception):
-    """An error that the user can act on. The message says what to do."""
+    """An error that the user can correct. The message says what to do."""
 
-    exit_code = 1
+    exit_code = 1  # the exit codes from 65 to 78 have the meanings of sysexits.h
 
 
 class CheckFailed(UserError):
@@ -44,7 +41,7 @@ class OutsideFolder(BadData):
 
 
 class MissingInput(UserError):
-    """A file or folder that a stage reads does not exist."""
+    """A file, folder or program that the command needs does not exist."""
 
     exit_code = 66
 
@@ -74,13 +71,13 @@ class DiskFailed(UserError):
 
 
 class Busy(UserError):
-    """Another process does this work now, or this process was asked to stop."""
+    """Another process does the same work now, or a signal stopped this process."""
 
     exit_code = 75
 
 
 class PeerLost(Busy):
-    """Another process of a distributed training ended or does not answer."""
+    """Another process of the distributed training has ended or does not answer."""
 
 
 class NotAllowed(UserError):

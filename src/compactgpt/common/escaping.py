@@ -4,13 +4,12 @@ import re
 
 from compactgpt.common.errors import printable
 
-# Characters that are markup in CommonMark with GitHub's extensions.
-# An underscore is no markup inside a word; `-`, `+` and `#` are markup only at the start of a line.
+# Markup of CommonMark and of GitHub's extensions.
 _MARKUP = re.compile(
     r"[\\`*\[\]|~$]"
-    r"|(?<![^\W_])_|_(?![^\W_])"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word, as in `n_head`, is not markup
     r"|(?<=:)/(?=/)|(?<=www)\."  # links such as https://x.org and www.x.org
-    r"|^[-+#](?=[\s#])|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)",  # lists and headings
+    r"|^[-+#](?=[\s#])|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)",  # at the start: a list or a heading
     re.IGNORECASE,
 )
 # An invisible space after `@` keeps GitHub from reading `@name` as a user.
@@ -18,13 +17,13 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b"}
 
 
 def markdown_text(text: str) -> str:
-    """Return the text on one line, escaped for Markdown and for cells of a Markdown table."""
+    """Return the text as one escaped line of Markdown, which may be a cell of a table."""
     marked = _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text))
     return re.sub("[&<>@]", lambda found: _ENTITIES[found[0]], marked)
 
 
 def markdown_code(text: str) -> str:
-    """Return the text as a code span for a cell of a Markdown table."""
+    """Return the text as a code span of Markdown, for a cell of a table."""
     fence = "`" * (_longest_run(text) + 1)
     pad = " " if len(fence) > 1 else ""
     return f"{fence}{pad}{printable(text)}{pad}{fence}".replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Run git, and find the changes of the work tree that are not committed."""
+"""Run git, and return the uncommitted changes of a work tree."""
 
 import os
 import subprocess
@@ -6,22 +6,19 @@ from pathlib import Path
 
 from compactgpt.common.errors import MissingInput, UserError, printable
 
-DIFF = "uncommitted.diff"  # name of the MLflow artifact that contains the uncommitted changes
-OUTPUTS = ("dvc.lock", "reports")  # files that stages write and git tracks; their changes are not logged
-NEW_FILES = ("conf", "src", "stages")  # folders whose untracked files are logged
-# Untracked files with other suffixes are not logged: they may be keys or databases.
-NEW_SUFFIXES = {
+DIFF = "uncommitted.diff"  # the MLflow artifact with the uncommitted changes
+_OUTPUTS = ("dvc.lock", "reports")  # stages write these, so their changes are not logged
+_FOLDERS = ("conf", "src", "stages")  # untracked files are logged only from these folders
+# Untracked files with other suffixes are not logged, since they may be keys or databases.
+_SUFFIXES = {
     ".cfg", ".css", ".csv", ".html", ".in", ".ini", ".j2", ".json", ".lock", ".md", ".py", ".pyi", ".sh",
     ".toml", ".txt", ".yaml", ".yml",
 }  # fmt: skip
-MAX_BYTES = 1_000_000  # maximum size of the uncommitted changes that are logged with a run
+_MAX_BYTES = 1_000_000  # the largest diff that is logged with a run
 
 
 def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
-    """Run git in a folder and return what it prints.
-
-    Raises MissingInput if git is not installed, and UserError if its exit code is not in `allowed`.
-    """
+    """Run git in a folder and return what it prints; raises UserError if git fails or is not installed."""
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
     except FileNotFoundError as error:
@@ -44,18 +41,13 @@ def require_repository(root: Path) -> None:
     except MissingInput:
         raise
     except UserError as error:
-        reason = " ".join(str(error).split())  # git's message may have several lines
-        raise MissingInput(
-            "this folder is not a git repository with a commit (an unpacked ZIP has none): run "
-            f'`git init && git add . && git commit -m "first commit"`, then the same command again ({reason})'
-        ) from error
+        reason = " ".join(str(error).split())  # on one line
+        advice = 'run `git init && git add . && git commit -m "first commit"`'
+        raise MissingInput(f"this folder has no git repository with a commit: {advice} ({reason})") from error
 
 
 def git_facts(root: Path) -> dict[str, str]:
-    """Return MLflow tags about the commit and the uncommitted changes outside of OUTPUTS.
-
-    The tag `git.left_out` names changes that are not logged. If git fails, the dict is empty.
-    """
+    """Return MLflow tags that name the commit and uncommitted changes; empty if git fails."""
     try:
         commit = git_text(root, "rev-parse", "HEAD")
         diff, left_out = uncommitted_changes(root)
@@ -67,38 +59,34 @@ def git_facts(root: Path) -> dict[str, str]:
 
 
 def uncommitted_changes(root: Path) -> tuple[bytes, list[str]]:
-    """Return the uncommitted changes as a diff, and the names of changes left out.
-
-    The diff has at most MAX_BYTES. NEW_FILES and NEW_SUFFIXES say which untracked files it includes. Raises
-    UserError if there is no commit.
-    """
+    """Return a diff of the uncommitted changes, and a line for each change that the diff leaves out."""
     options = ["--binary", "--no-ext-diff", "--no-textconv"]
-    outputs = [f":(exclude){path}" for path in OUTPUTS]
+    outputs = [f":(exclude){path}" for path in _OUTPUTS]
     diff, left_out = run_git(root, "diff", *options, "HEAD", "--", ".", *outputs), []
-    if len(diff) > MAX_BYTES:
+    if len(diff) > _MAX_BYTES:
         left_out.append(f"changes to tracked files ({len(diff):,} bytes)")
         diff = b""
-    listed = run_git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *NEW_FILES)
+    listed = run_git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *_FOLDERS)
     for name in sorted(filter(None, os.fsdecode(listed).split("\0"))):
-        if reason := _reason_to_leave_out(root / name, name, MAX_BYTES - len(diff)):
+        if reason := _reason_to_leave_out(root / name, name, _MAX_BYTES - len(diff)):
             left_out.append(f"{printable(name)} ({reason})")
         else:
             words = ["diff", *options, "--no-index", "--", os.devnull, name]
-            diff += run_git(root, *words, allowed=(0, 1))  # exit code 1: the two files differ
+            diff += run_git(root, *words, allowed=(0, 1))  # git's exit code 1: the files differ
     return diff, left_out
 
 
 def _reason_to_leave_out(path: Path, name: str, limit: int) -> str:
     if any(part.startswith(".") for part in Path(name).parts):
         return "hidden"
-    if path.suffix not in NEW_SUFFIXES or path.is_symlink() or not path.is_file():
+    if path.suffix not in _SUFFIXES or path.is_symlink() or not path.is_file():
         return "not a kind of file that is logged"
     size = path.stat().st_size
     return f"{size:,} bytes" if size > limit else ""
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user can read, whatever the umask is."""
+    """Write a file that only this user can read, for any umask."""
     path.unlink(missing_ok=True)  # an existing file would keep its permissions
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
+    path.touch(0o600, exist_ok=False)
+    path.write_bytes(content)

@@ -1,7 +1,4 @@
-"""Read YAML files as typed objects, and check every key and value.
-
-The YAML reader is the one that DVC uses.
-"""
+"""Read YAML files as typed objects, and check every key and value."""
 
 import copy
 import difflib
@@ -18,8 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from compactgpt.common.errors import BadConfig, MissingInput, printable
 
-# Names of baselines, data sets and experiments are used in paths, DVC stages and MLflow runs.
-# A dot is not allowed, because DVC reads `a.b` as key `b` in `a`.
+# A name is part of paths and of DVC stages. DVC would read the name `a.b` as the key `b` of `a`.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 NAME_RULE = "a name has letters, digits, '_' and '-' only, at most 64, and begins with a letter or digit"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -27,12 +23,12 @@ _MARKER = re.compile(rb"^(<{7}|>{7}) ", re.MULTILINE)
 
 
 class Section(BaseModel):
-    """One section of a YAML file: an immutable object that refuses undeclared keys."""
+    """One section of a YAML file: an immutable object that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def _mistakes(self) -> Iterator[str]:
-        """Yield a message for each broken rule that concerns several keys."""
+        """Yield a message for each rule between several keys that the section breaks."""
         yield from ()
 
     @model_validator(mode="after")
@@ -46,19 +42,16 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_section(path: Path, section: type[SectionType]) -> SectionType:
-    """Read a YAML file, check every value, and return an object of the class `section`.
-
-    Raises MissingInput, or BadConfig with all mistakes in the file.
-    """
+    """Return a YAML file as an object of the class `section`; raises BadConfig with all mistakes."""
     return check_section(read_yaml(path), section, str(path))
 
 
-# ruamel.yaml also raises built-in exceptions, such as ValueError for an invalid date.
+# What ruamel.yaml raises: also built-in exceptions, such as ValueError for an invalid date.
 YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file. Raises MissingInput, or BadConfig if the file is not valid YAML."""
+    """Return the content of a YAML file; raises MissingInput, or BadConfig if it is not valid YAML."""
     try:
         content = path.read_bytes()
         return copy.deepcopy(parse_yaml(content))
@@ -73,30 +66,30 @@ def read_yaml(path: Path) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def parse_yaml(content: bytes | str) -> Any:
-    """Return parsed YAML 1.2. Callers must not change the result, because it is cached."""
-    return YAML(typ="safe", pure=True).load(content)
+    """Return the content of YAML 1.2. Callers must not change the result, because it is cached."""
+    return YAML(typ="safe", pure=True).load(content)  # as DVC reads YAML
 
 
 def find_conflict(name: str, content: bytes) -> str:
-    """Return an error message if a file has markers of an unresolved merge; otherwise empty."""
-    if not _MARKER.search(content):  # the user may have removed some markers, so one is enough
+    """Return an error message if a file has conflict markers of git, or an empty string."""
+    if not _MARKER.search(content):  # one marker is enough: the user may have removed the other
         return ""
     found = f"{name} has conflict markers of an unresolved merge"
     if name != "dvc.lock":
         return f"{found}: choose the lines in an editor, then `git add {name}`"
     return (
-        f"{found}: keep one side (`git checkout --ours dvc.lock`, or `--theirs`), then `dvc repro` runs what "
-        "differs and `git add dvc.lock` ends the conflict"
+        f"{found}: keep one side (`git checkout --ours dvc.lock`, or `--theirs`), then run `dvc repro` and "
+        "`git add dvc.lock`"
     )
 
 
 def check_section(tree: Any, section: type[SectionType], source: str) -> SectionType:
     """Return parsed YAML as an object of the class `section`.
 
-    Error messages name the file as `source`. Raises BadConfig with all mistakes.
+    Raises BadConfig with all mistakes, in a message that names the file as `source`.
     """
     try:
-        # In strict mode, pydantic accepts a list for a tuple only from JSON.
+        # The detour through JSON: in strict mode, pydantic accepts a list for a tuple only from JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
@@ -106,13 +99,13 @@ def check_section(tree: Any, section: type[SectionType], source: str) -> Section
 
 
 def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
-    """Return one line with the path of a key, the wrong value, and what is allowed."""
+    """Return a line about a mistake: the path of the key, the value found, and what is allowed."""
     path, node = [], json.loads(json.dumps(tree, default=str))
     for part in detail["loc"]:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # pydantic adds the kind of a baseline, such as `unigram`, to the path. It is no key.
+            # Not a key: pydantic adds the kind of a baseline, such as `unigram`, to the path.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))
@@ -133,11 +126,11 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
 
 
 def _keys_at(section: type[Section], path: list[str]) -> list[str]:
-    """Return the keys that are allowed at a path below a section."""
+    """Return the keys that are allowed at this path inside a section."""
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
-        if fields:  # empty for an index of a list or a name that the user chose
+        if fields:  # no field: `part` is an index of a list, or a name that the user chose
             sections = [found for field in fields for found in _sections_in(field)]
     return sorted({key for each in sections for key in each.model_fields})
 

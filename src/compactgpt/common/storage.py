@@ -1,7 +1,6 @@
 """Write files complete or not at all, and check them against their hashes.
 
-A file or folder is written under a temporary name and then renamed. A folder also gets a manifest with the
-size and SHA-256 of each file.
+A written folder has a manifest with the size and SHA-256 of each file.
 """
 
 import glob
@@ -22,7 +21,7 @@ _LEFTOVER = re.compile(r"\.(\d+)\.compactgpt-(?:tmp|old)")
 
 
 def fsync_folder(folder: Path) -> None:
-    """Sync the list of a folder's files to the disk."""
+    """Sync a folder's list of files to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -31,7 +30,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents so that their names survive a power loss."""
+    """Create a folder and its parents, and sync their names to the disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -39,10 +38,7 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path, suffix: str = "tmp") -> Path:
-    """Return a temporary path next to `path`.
-
-    The temporary files of killed processes there are deleted.
-    """
+    """Return a temporary path next to `path`, after deleting those that killed processes left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         match = _LEFTOVER.fullmatch(leftover.name.removeprefix(f".{path.name}"))
         if not match or _is_running(int(match[1])):
@@ -56,7 +52,7 @@ def temporary_path(path: Path, suffix: str = "tmp") -> Path:
 
 def _is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # signal 0 only checks that the process exists
+        os.kill(pid, 0)  # signal 0 checks that the process exists, and does nothing to it
     except ProcessLookupError:
         return False
     except PermissionError:  # the process exists, but belongs to another user
@@ -66,7 +62,7 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that replaces `path` when the `with` block succeeds."""
+    """Yield an open binary file that replaces `path` when the `with` block succeeds."""
     temporary = temporary_path(path)
     try:
         make_folder(path.parent)
@@ -77,7 +73,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:
-        with suppress(OSError):  # if this fails, the next writer of `path` deletes the temporary file
+        with suppress(OSError):  # on failure, the next writer of `path` deletes the temporary file
             temporary.unlink(missing_ok=True)
 
 
@@ -93,7 +89,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return a value as JSON with sorted keys. Raises ValueError for NaN and infinities."""
+    """Return a value as JSON with sorted keys; raises ValueError for NaN and infinities."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
 
@@ -104,10 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises MissingInput if it does not exist, and BadData if it is not valid JSON.
-    """
+    """Return the content of a JSON file; raises MissingInput, or BadData if it is not valid JSON."""
 
     def refuse(name: str) -> float:
         raise ValueError(f"{name} is not a JSON number")
@@ -127,39 +120,31 @@ def sha256_file(path: Path) -> str:
 
 
 def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
-    """Return the path `folder / name`, which must be inside of the folder.
+    """Return the path `folder / name`; raises OutsideFolder if it is outside of the folder.
 
-    With `follow=False`, links may lead out, because outputs of DVC may be links. Raises OutsideFolder if the
-    name is absolute, contains `..`, or is a link out of the folder.
+    With `follow=False`, links may lead out of the folder, because outputs of DVC may be links.
     """
     path = folder / name
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
-        raise OutsideFolder(f"the path {name!r} is outside of the project: nothing was read or written there")
+        raise OutsideFolder(f"the path {name!r} is outside of the project, so it was not read or written")
     if follow and not path.resolve().is_relative_to(folder.resolve()):
-        raise OutsideFolder(f"{path} is a symbolic link out of {folder}: nothing was read or written there")
+        raise OutsideFolder(f"{path} is a symbolic link out of {folder}, so it was not used")
     return path
 
 
 @contextmanager
 def atomic_folder(
     folder: Path,
-    facts: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,  # more keys for the manifest; the `with` block may change them
     *,
-    kind: str = "",
-    overwrite: bool = False,
-    private: bool = False,
+    kind: str = "",  # the kind of content, which the manifest names
+    overwrite: bool = False,  # replace changed files, too, but not added files
+    private: bool = False,  # replace all files: for folders under .state only
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    Args:
-        folder: may have files only if it has a manifest of the same `kind` and no file was changed.
-        facts: further content of the manifest. The `with` block may change it.
-        kind: the kind of the folder, which is written to the manifest.
-        overwrite: also replace changed files, but no added files.
-        private: replace all files. Use it only under .state, where users keep no files.
-
-    Raises NotAllowed if `folder` has files that may not be replaced.
+    Raises NotAllowed if `folder` has files other than those of an earlier call with the same `kind`.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
@@ -170,7 +155,7 @@ def atomic_folder(
         temporary.mkdir()
         yield temporary
         _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
-        # Check again: a user may have changed `folder` during the `with` block.
+        # The second check: a user may have changed `folder` during the `with` block.
         _check_replaceable(target, kind, overwrite=overwrite, private=private)
         _replace_folder(temporary, target)
     finally:
@@ -193,13 +178,13 @@ def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, private: boo
         raise NotAllowed(f"{folder} has files that this command did not write: {advice}")
     if change := _first_change(folder, manifest["files"], added_only=overwrite):
         raise NotAllowed(
-            f"{change}, so {folder} was changed since it was written: copy what you want to keep, then "
-            "delete the folder (`compactgpt export --overwrite` replaces changed files, but not added files)"
+            f"{change}, so {folder} was changed since it was written: delete the folder after you have "
+            "copied what you need (`compactgpt export --overwrite` replaces changed files)"
         )
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Sync all files of a folder to the disk and write its manifest."""
+    """Sync all files of a folder to the disk, and write their manifest."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -209,14 +194,14 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_json(folder / MANIFEST, {**facts, "files": files})  # `write_json` also syncs the folder
+    write_json(folder / MANIFEST, {**facts, "files": files})  # also syncs the folder
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Replace `folder` by two renames. Between the two renames, `folder` does not exist."""
+    """Replace `folder` with `temporary` by two renames, between which `folder` does not exist."""
     old = temporary_path(folder, "old")
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # an earlier call may have failed to delete it
+        shutil.rmtree(old, ignore_errors=True)  # an earlier call may have left this folder
         os.rename(folder, old)
     os.rename(temporary, folder)
     fsync_folder(folder.parent)
@@ -224,10 +209,9 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a folder's manifest, and do not check the files.
+    """Return a folder's manifest without a check of the files.
 
-    A manifest has the `facts` that were passed to `atomic_folder`. Its key `files` maps each path to `bytes`
-    and `sha256`. Raises MissingInput if there is no manifest, and BadData if it is not valid.
+    Its key `files` maps each path to `bytes` and `sha256`. Raises MissingInput or BadData.
     """
     path = folder / MANIFEST
     manifest: dict[str, Any] = read_json(path)
@@ -243,10 +227,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
-    """Return a folder's manifest after a check of all files.
-
-    Raises MissingInput if there is no manifest, and BadData if a file is missing, altered or not listed.
-    """
+    """Return a folder's manifest; raises BadData if a file is missing, altered or not listed."""
     manifest = read_manifest(folder)
     if change := _first_change(folder, manifest["files"]):
         raise BadData(f"{change}: delete {folder} and run `dvc repro`")
@@ -254,37 +235,31 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = False) -> str:
-    """Return a sentence about the first changed file, or an empty string."""
+    """Return what is wrong with the first file that was changed or added, or an empty string."""
     listed = {folder / name for name in files}
-    # A subfolder with listed files may have its own manifest, which is not listed.
+    # A subfolder with listed files may have its own manifest, which no manifest lists.
     with_manifest = {folder, *(path.parent for path in listed)}
     for path in sorted(folder.rglob("*")):
         if path in listed or (path.name == MANIFEST and path.parent in with_manifest):
             continue
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
             return f"{path} is not in the manifest"
-    found = (
-        _difference(folder / name, files[name]["sha256"], files[name]["bytes"]) for name in sorted(files)
-    )
+    found = (_difference(folder / name, files[name]) for name in sorted(files))
     return "" if added_only else next(filter(None, found), "")
 
 
-def _difference(path: Path, sha256: str, size: int | None) -> str:
-    """Return how a file differs from its hash or size, or an empty string."""
+def _difference(path: Path, entry: Mapping[str, Any]) -> str:
+    """Return how a file differs from its manifest entry, or an empty string."""
     if not path.is_file():
         return f"{path} is missing"
-    found = path.stat().st_size
-    if size is not None and found != size:
-        return f"{path} has {found:,} bytes where {size:,} were written, so it was cut short or altered"
-    actual = sha256_file(path)
-    return "" if actual == sha256 else f"{path} was altered: its SHA-256 is {actual}, expected {sha256}"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{path} has {size:,} bytes where {entry['bytes']:,} were written"
+    if (actual := sha256_file(path)) != entry["sha256"]:
+        return f"{path} was altered: its SHA-256 is {actual}, expected {entry['sha256']}"
+    return ""
 
 
-def verify_file(path: Path, sha256: str, size: int | None = None) -> None:
-    """Check a file against its recorded hash and size.
-
-    Raises MissingInput if it is missing, and BadData if it differs.
-    """
-    if difference := _difference(path, sha256, size):
-        kind = BadData if path.is_file() else MissingInput
-        raise kind(f"{difference}; delete it and run `dvc repro`")
+def verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raise BadData if a file differs from its entry in the manifest."""
+    if difference := _difference(path, entry):
+        raise BadData(f"{difference}: delete it and run `dvc repro`")

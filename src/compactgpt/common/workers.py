@@ -1,4 +1,4 @@
-"""Call a function for many tasks in several processes; results keep the order of tasks."""
+"""Call a function for many tasks in several processes."""
 
 import multiprocessing
 import os
@@ -19,19 +19,18 @@ R = TypeVar("R")
 def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int) -> Iterator[R]:
     """Yield `function(task)` for each task, in the order of the tasks.
 
-    At most 2 x `num_workers` tasks run or wait at once. `function` must not be a lambda or nested function.
-    Raises Busy if a worker was killed, and any exception of `function`.
+    `function` must be defined at the top of a module. Raises Busy if a worker process was killed.
     """
     if num_workers == 1:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    context = multiprocessing.get_context("spawn")  # a forked process with threads may hang
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
     running: deque[Future[R]] = deque()
     try:
         for task in tasks:
             running.append(pool.submit(function, task))
-            # Two tasks per worker keep all workers busy; more results could fill the memory.
+            # Two tasks per worker keep all workers busy. More results could fill the memory.
             if len(running) == 2 * num_workers:
                 yield running.popleft().result()
         while running:
@@ -39,7 +38,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     except BrokenProcessPool as error:
         raise Busy(
             "a worker process was killed, most often because memory ran out: "
-            "lower runtime.num_workers in params.yaml, or free some memory, and run the same command again"
+            "lower runtime.num_workers in params.yaml, then run the command again"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -51,7 +50,7 @@ def _end_with_parent() -> None:
     assert parent is not None
 
     def exit_after_parent() -> None:
-        wait([parent.sentinel])  # returns when the parent has ended, also after SIGKILL
+        wait([parent.sentinel])  # returns when the parent process ends, even by SIGKILL
         os._exit(1)
 
     threading.Thread(target=exit_after_parent, daemon=True).start()

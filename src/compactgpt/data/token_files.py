@@ -151,7 +151,7 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
     if verify and (path.parent / MANIFEST).exists():
         files = read_manifest(path.parent)["files"]
         for each in (path, index_file):
-            verify_file(each, files[each.name]["sha256"])
+            verify_file(each, files[each.name])
     try:
         return _read(path, index_file)
     except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
