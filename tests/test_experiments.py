@@ -1,8 +1,6 @@
 """Named experiments: every shipped file is valid, comments of params.yaml stay, a mistake changes nothing."""
 
-import difflib
 import re
-from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -40,12 +38,6 @@ def conf_with(folder, text):
     (folder / "experiments/demo.yaml").write_text(head + "params: {}")
     (folder / "experiments/mine.yaml").write_text(head + text)
     return folder
-
-
-def changed_lines(path):
-    """The lines of params.yaml that were removed and added."""
-    lines = difflib.unified_diff(TEXT.splitlines(), path.read_text().splitlines(), n=0, lineterm="")
-    return [line for line in lines if line[0] in "+-"][2:]
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -92,25 +84,14 @@ def test_a_mistake_in_an_experiment_is_named_and_changes_nothing(params_file, tm
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(BadConfig, match=r"no experiment 'nte'.*has ci, .*, note,"):
+    with pytest.raises(BadConfig, match=r"no experiment 'nte'.*has ci, .*, note,.*did you mean note\?"):
         experiments.find_experiment("nte", CONF)
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("training.max_stps=1", "training.max_stps: unknown key; did you mean max_steps?"),
-        ("training.max_steps.x=1", "training.max_steps: input should be a valid integer"),
-        ("training.max_steps", "give key=value"),
-        ("training.max_steps=[", "not a valid YAML value"),
-    ],
-)
-def test_a_wrong_setting_is_refused_with_its_key(setting, message):
-    with pytest.raises(BadConfig, match=f"(?i){re.escape(message)}"):
-        experiments.configurations("demo", ROOT / "params.yaml", [setting], CONF)
-
-
 def test_a_setting_is_yaml_and_merging_is_json_merge_patch():
+    for setting, message in (("a.b", "-S a.b: give key=value"), ("a=[", "is not a valid YAML value")):
+        with pytest.raises(BadConfig, match=message):
+            set_values({}, [setting])
     tree = {"training": {"max_steps": 1}}
     set_values(tree, ["training.learning_rate=3e-4", "training.max_steps=", "baseline.names=[unigram, xz]"])
     training = {"max_steps": None, "learning_rate": 0.0003}
@@ -131,21 +112,20 @@ def test_dvc_and_an_experiment_write_one_changed_line(change, params_file):
     key, _, value = change.partition("=")
     name = key.rsplit(".", 1)[-1]
     for write in (
-        partial(apply_overrides, params_file, [change]),
-        partial(apply, params_file, "demo", change),
+        lambda: apply_overrides(params_file, [change]),
+        lambda: apply(params_file, "demo", change),
     ):
         params_file.write_text(TEXT)
         write()
-        removed, added = changed_lines(params_file)
-        assert removed.lstrip("- ").startswith(f"{name}:")
-        assert added.lstrip("+ ").startswith(f"{name}: {value}")
+        pairs = zip(TEXT.splitlines(), params_file.read_text().splitlines(), strict=True)
+        ((_, line),) = [(old, new) for old, new in pairs if old != new]
+        assert line.lstrip().startswith(f"{name}: {value}")
 
 
 def test_a_sweep_has_a_run_for_each_group_and_seed(params_file, tmp_path):
     text = "sweep: {small: {params: {training.max_steps: 10}, seeds: [1, 2]}, large: {start: small-1}}"
-    points = experiments.sweep_points(
-        "mine", params_file, ["training.beta1=0.7"], conf_with(tmp_path / "c", text)
-    )
+    conf = conf_with(tmp_path / "c", text)
+    points = experiments.sweep_points("mine", params_file, ["training.beta1=0.7"], conf)
     assert [(point.name, point.values) for point in points] == [
         ("small-1", {"training.max_steps": 10, "training.seed": 1}),
         ("small-2", {"training.max_steps": 10, "training.seed": 2}),
@@ -186,9 +166,7 @@ def test_a_failure_of_dvc_or_its_absence_is_one_sentence(params_file, words_of_d
     assert re.search(r"error: dvc exp run -n demo-\d{8}-\d{6} failed: [^\n]+\n$", done.output)
     monkeypatch.setenv("PATH", "/nonexistent")
     words_of_dvc.with_name("bin").joinpath("dvc").unlink()
-    done = run_experiment(
-        "note", "baseline.names=[xz]", "download.corpus=docstrings", "evaluation.tasks.lambada="
-    )
+    done = run_experiment("full-softmax")
     assert done.exit_code == MissingInput.exit_code
     assert "compactgpt[pipeline]" in done.output
     assert params_file.read_text() == TEXT
@@ -197,10 +175,8 @@ def test_a_failure_of_dvc_or_its_absence_is_one_sentence(params_file, words_of_d
 def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file, words_of_dvc, tmp_path):
     done = run_experiment("shakespeare")
     assert done.exit_code == Unreachable.exit_code
-    assert done.output.startswith("error: the hub can't be reached for karpathy/tiny_shakespeare ")
-    assert "bring the text: curl -fLo corpus/input.txt https://raw.githubusercontent.com/" in done.output
-    assert "or cp YOUR_COPY corpus/input.txt (if you have the file)" in done.output
-    assert done.output.count("\n") == 1
+    advice = r"curl -fLo corpus/input.txt https://.* cp YOUR_COPY corpus/input.txt "
+    assert re.fullmatch(rf"error: .* karpathy/tiny_shakespeare .*{advice}.*\n", done.output)
     assert params_file.read_text() == TEXT
     assert not words_of_dvc.exists()
     (tmp_path / "corpus").mkdir()

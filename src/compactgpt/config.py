@@ -89,7 +89,7 @@ class HubSet(Section):
     sha256: Sha256 | None = None  # of the text of all rows
     opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
     separator: NonEmpty | None = None  # each row is cut into parts at this text
-    join_characters: PositiveInt | None = None  # parts are joined until they have this length
+    join_characters: PositiveInt | None = None  # parts are joined to documents of at least this length
     file: UserPath | None = None  # a local copy, read instead of the hub
     file_url: NonEmpty | None = None  # where the user can download `file`
 
@@ -121,8 +121,8 @@ class Tokenizer(Section):
 
 
 class Download(Section):
-    corpus: Literal["docstrings", "files", "hub"]  # the section below that is the corpus
-    max_documents: PositiveInt | None  # use only the first documents; None: all
+    corpus: Literal["docstrings", "files", "hub"]  # which of the sections below is the corpus
+    max_documents: PositiveInt | None  # use only this many documents; None: all
     max_bytes: PositiveInt | None  # use at most this much text; None: all
     shard_megabytes: PositiveInt  # size of each file of documents
     max_document_megabytes: Annotated[int, Field(gt=0, le=1000)]  # a longer .txt or .md document is an error
@@ -147,7 +147,7 @@ class Validation(Section):
 
 class Tokenization(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)]  # the share of the val split
-    split: Literal["hash", "tail"] = "hash"  # val: by each text's hash, or the corpus's end
+    split: Literal["hash", "tail"] = "hash"  # val is chosen by a hash of each text, or is the corpus's end
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"  # both give the same token ids
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster
 
@@ -161,8 +161,8 @@ class Inspection(Section):
     seed: Seed
     similarity: PositiveShare  # near duplicates are at least this similar
     overlap_words: PositiveInt  # length of the val sequences searched in train
-    flagged_overlap: Share  # with more overlap, a val document is reported
-    leaked_overlap: PositiveShare  # from this overlap on, a val document is leaked
+    flagged_overlap: Share  # a val document with more overlap is reported
+    leaked_overlap: PositiveShare  # a val document with this overlap or more is leaked
     max_leaked_share: Share  # share of val documents; more stop the pipeline
     max_repeated_share: Share  # share of documents with a duplicate
     max_listed: NonNegativeInt  # duplicates in train that the report lists
@@ -181,7 +181,7 @@ class Model(Section):
     n_embd: PositiveInt  # width of the hidden states
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]  # a token id has 32 bits at most
     padded_vocab_size: PositiveInt  # rows of the token embedding; a multiple of 64 is faster
-    bias: bool  # in linear layers and layer norms
+    bias: bool  # whether linear layers and layer norms have biases
     dropout: ShareBelowOne
     gelu: Literal["erf", "tanh"] = "erf"  # erf as in nanoGPT, tanh as in GPT-2
 
@@ -227,7 +227,7 @@ class Training(Section):
     checkpoint_interval: PositiveInt  # steps between two checkpoints
     head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or a sample of it
     sample_tokens: PositiveInt = 4096  # expected number of sampled vocabulary entries
-    sample_power: Share = 0.75  # tokens are sampled by their count to this power
+    sample_power: Share = 0.75  # sampling weight of a token: its count to this power
     init_unigram: NonNegativeFloat = 0.0  # above 0: the first logits are log frequencies
     init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoids; 0: random position embeddings
     position_learning_rate: PositiveFloat | None = None  # None: embedding_learning_rate
@@ -246,7 +246,7 @@ class Training(Section):
 class Likelihood(Section):
     document_tokens: PositiveInt | None = None  # scored tokens at each document's start; None: all
     window: PositiveInt  # tokens of context
-    views: tuple[View, ...] = ()  # additional scores of the neural models
+    views: tuple[View, ...] = ()  # additional ways to score the neural models
     batch_size: PositiveInt  # windows in one forward pass
     own_context: PositiveInt  # maximum context in the views, in tokens
     stride_share: PositiveShare  # step of the strided view, as a share of its context
@@ -437,8 +437,8 @@ class Regression(Section):
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]  # probability of a failure by chance
     fallback_noise: NonNegativeFloat  # standard deviation of the loss between seeds, if not measured
-    max_documents: PositiveInt  # maximum number in a gate reference
-    max_baseline_change: NonNegativeFloat  # nats per token
+    max_documents: PositiveInt  # in a reference of the gate
+    max_baseline_change: NonNegativeFloat  # of a baseline's loss, in nats per token
     min_throughput_ratio: PositiveFloat  # our training speed divided by nanoGPT's
     tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]  # allowed worsening
 
@@ -467,17 +467,17 @@ class Params(Section):
             yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`: write `$ {{`"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
-                rule = "must begin with corpus/, the folder that DVC tracks: `dvc add PATH -o corpus/NAME`"
+                rule = "must begin with corpus/, which DVC tracks: `dvc add PATH -o corpus/NAME` copies it"
                 yield f"download.files.patterns: found {pattern}, which {rule}"
         if (window := self.evaluation.likelihood.window) > longest:
             yield f"evaluation.likelihood.window ({window}) must be at most model.block_size ({longest})"
 
 
 def load_params(path: Path) -> Params:
-    """Return the checked content of params.yaml; raises MissingInput or BadConfig."""
+    """Return the checked parameters of params.yaml; raises MissingInput or BadConfig."""
     return load_section(path, Params)
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
-    """Return the checked content of params.yaml after parsing; raises BadConfig, which names `source`."""
+    """Return parsed YAML as checked parameters; raises BadConfig, whose message names `source`."""
     return check_section(tree, Params, source)

@@ -42,7 +42,7 @@ class SweepGroup(Section):
     params: dict[str, int | float | str] = Field(default_factory=dict)  # dotted key of params.yaml -> value
     seeds: tuple[int, ...] = ()  # one run for each seed; empty: one run with the seed of params.yaml
     start: Name | None = None  # start from the final weights of this earlier run of the sweep
-    train_documents: int | None = None  # train on this many documents of the split; None: all
+    train_documents: int | None = None  # train on this many documents; None: all
     train_source: str | None = None  # train only on the documents of this Python package
 
 
@@ -50,7 +50,7 @@ class Expected(Section):
     """A ratio or difference that small runs measure, and the claims about it."""
 
     claims: tuple[str, ...]  # ids of the claims in claims.yaml
-    expected: Literal["above", "below"]  # the claimed side of 1 (for a ratio) or 0 (for a difference)
+    expected: Literal["above", "below"]  # what the claims say: above or below 1 (a ratio) or 0 (a difference)
     quantity: Line  # the name of the ratio or difference in the report
     otherwise: Line  # the report's conclusion if the runs do not support the claims
 
@@ -94,7 +94,7 @@ class Experiment(Part):
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
-            yield "a sweep has no params and no parts: set values in its groups"
+            yield "an experiment with a sweep can't have params or parts: set values in its groups"
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
@@ -116,7 +116,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
-    """Change the tree of params.yaml: first to `demo`, then to the experiment, then by `settings`."""
+    """Write the values of `demo`, then of the experiment, then `settings` into the tree of params.yaml."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
@@ -126,7 +126,7 @@ def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings:
 
 
 def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
-    """Apply a JSON merge patch (RFC 7386): mappings are merged, null removes a key."""
+    """Apply a JSON merge patch (RFC 7386) to a tree: mappings are merged, null removes a key."""
     for key, value in patch.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             merge_patch(tree[key], value)
@@ -178,7 +178,7 @@ def edit_params(
 ) -> tuple[str, list[str]]:
     """Return the text of params.yaml after `change`, and a line for each value that differs.
 
-    Raises BadConfig, which names the changed text as `source`, if a text is not valid.
+    Raises BadConfig if the result is not valid, in a message that names it `source`.
     """
     before = _read_tree(params_file)
     yaml = YAML()

@@ -1,4 +1,4 @@
-"""What the program asks of its process: memory that stays, in large pages; a device; when to stop."""
+"""A process keeps freed memory in large pages, finds its device, and stops when it is asked to."""
 
 import signal
 import subprocess
@@ -14,6 +14,7 @@ from compactgpt.common.errors import BadConfig
 
 SIZE = 64 << 20
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LIMIT = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({1 << 30}, {1 << 30}))"
 SCRIPT = f"""
 import re, resource
 from compactgpt.common.device import prepare_heap
@@ -28,28 +29,27 @@ print(took, large, faults + resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
+def run_script(head: str = "") -> list[str]:
+    command = [sys.executable, "-c", head + SCRIPT]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
 @pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="no large pages here")
 def test_large_tensors_lie_in_large_pages_that_are_used_again():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
-    took, large, faults = done.stdout.split()
-    assert took == "True"
-    assert int(large) << 10 > 0.8 * SIZE
-    assert int(faults) < 100
+    took, large, faults = run_script()
+    assert (took, int(large) << 10 > 0.8 * SIZE, int(faults) < 100) == ("True", True, True)
 
 
 def test_where_memory_is_bounded_all_works_without():
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({1 << 30}, {1 << 30}))\n"
-    done = subprocess.run([sys.executable, "-c", limit + SCRIPT], check=True, capture_output=True, text=True)
-    assert done.stdout.split()[:2] == ["False", "0"]
+    assert run_script(LIMIT)[:2] == ["False", "0"]
 
 
 @pytest.mark.parametrize(("cuda", "mps"), [(True, True), (False, True), (False, False)])
 def test_a_device_that_this_machine_does_not_have_is_refused_with_the_ones_it_has(cuda, mps, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    available = {"cuda": cuda, "mps": mps, "cpu": True}
-    assert resolve_device("auto") == next(name for name in available if available[name])
-    for device, is_available in available.items():
+    assert resolve_device("auto") == ("cuda" if cuda else "mps" if mps else "cpu")
+    for device, is_available in {"cuda": cuda, "mps": mps, "cpu": True}.items():
         if is_available:
             assert resolve_device(device) == device
         else:

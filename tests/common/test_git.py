@@ -1,5 +1,6 @@
 """Which uncommitted changes are logged: code and settings, 1 MB at most, once a pipeline, private."""
 
+import re
 import stat
 from pathlib import Path
 
@@ -18,22 +19,21 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "src").mkdir()
     for path in ("params.yaml", "src/code.py"):
         (tmp_path / path).write_bytes((ROOT / "params.yaml").read_bytes())
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-        git(tmp_path, *words)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_new_files_are_logged_only_if_they_are_small_code_or_settings(project):
-    kept = ["src/new.py", "conf/new.yaml"]
     left_out = ["src/compactgpt/.env", "src/.hidden/a.py", "src/id_rsa", "src/a.sqlite", "src/big.txt"]
-    for name in kept + left_out:
+    for name in ["src/new.py", "conf/new.yaml", *left_out]:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("x" * (2_000_000 if name == "src/big.txt" else 1))
     (project / "src/link.py").symlink_to("/etc/passwd")
     diff, reasons = uncommitted_changes(project)
-    assert all(f"+++ b/{name}".encode() in diff for name in kept)
-    assert diff.count(b"+++ b/") == len(kept)
+    assert re.findall(rb"\+\+\+ b/(.*)", diff) == [b"conf/new.yaml", b"src/new.py"]
     assert {line.partition(" ")[0] for line in reasons} == {*left_out, "src/link.py"}
     (project / "src/code.py").write_bytes(b"y\n" * 1_000_000)
     (diff, reasons), facts = uncommitted_changes(project), git_facts(project)

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,11 +27,14 @@ def write_output(folder, kind="tokens", content="new", **options):
         storage.write_text(temporary / "a.txt", content)
 
 
+def write_and_fail(writer, content):
+    with writer as target:
+        target.write(content) if hasattr(target, "write") else (target / "b.txt").write_bytes(content)
+        raise KeyError
+
+
 def tree(folder):
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else path.is_symlink()
-        for path in folder.rglob("*")
-    }
+    return {path: path.read_bytes() if path.is_file() else path.is_symlink() for path in folder.rglob("*")}
 
 
 def names(folder):
@@ -49,20 +53,13 @@ def test_an_error_or_a_full_disk_leaves_the_old_file_and_folder(tmp_path, small_
     storage.write_text(tmp_path / "a.txt", "old")
     write_output(tmp_path / "out", content="old")
     before = tree(tmp_path)
-    for writer in (
-        storage.atomic_file(tmp_path / "a.txt"),
-        storage.atomic_folder(tmp_path / "out", kind="tokens"),
-    ):
-        half = writer.__enter__()
-        half.write(b"half") if hasattr(half, "write") else (half / "b.txt").write_bytes(b"half")
-        assert not writer.__exit__(KeyError, KeyError(), None)  # the error is raised again
-    with pytest.raises(OSError, match="File too large"):
-        storage.write_bytes(tmp_path / "a.txt", bytes(2**17))
-    with (
-        pytest.raises(OSError, match="File too large"),
-        storage.atomic_folder(tmp_path / "out", kind="tokens") as folder,
-    ):
-        (folder / "a.txt").write_bytes(bytes(2**17))
+    for size, error in ((4, KeyError), (2**17, OSError)):  # the second does not fit on the disk
+        for writer in (
+            storage.atomic_file(tmp_path / "a.txt"),
+            storage.atomic_folder(tmp_path / "out", kind="tokens"),
+        ):
+            with pytest.raises(error):
+                write_and_fail(writer, bytes(size))
     assert tree(tmp_path) == before
 
 
@@ -127,22 +124,24 @@ def test_a_path_outside_of_its_folder_is_refused(tmp_path, name):
     assert storage.inside(tmp_path / "project", "link/a", follow=False)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "notes.txt", "sub/link", "empty/"])
-def test_only_an_earlier_output_is_replaced_and_added_files_are_never_deleted(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.txt", lambda path: path.write_text("old")),
+        ("notes.txt", lambda path: path.write_text("mine")),
+        ("sub/link", lambda path: path.symlink_to("nowhere")),
+        ("empty", Path.mkdir),
+    ],
+)
+def test_only_an_earlier_output_is_replaced_and_added_files_are_never_deleted(tmp_path, name, make):
     for content in ("old", "newer"):
         write_output(tmp_path / "out", content=content)
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out/a.txt").read_text() == "newer"
     assert_refused(tmp_path / "out", "did not write", kind="export", overwrite=True)
-    path = tmp_path / "out" / name
-    path.parent.mkdir(exist_ok=True)
-    if name == "sub/link":
-        path.symlink_to("nowhere")
-    elif name == "empty/":
-        path.mkdir()
-    else:
-        path.write_text("old")
-    assert_refused(tmp_path / "out", f"{name.rstrip('/')} .*changed since")
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / "out" / name)
+    assert_refused(tmp_path / "out", f"{name} .*changed since")
     if name == "a.txt":
         write_output(tmp_path / "out", overwrite=True)
         storage.verified_manifest(tmp_path / "out")

@@ -48,7 +48,7 @@ class ProgressBar:
             self._draw(done, total, figures)
         elif time.monotonic() >= self._next_line or done == total:
             self._next_line = time.monotonic() + 15
-            amount = f"{done:,} of {total:,}" if total else f"{done:,}"  # 0: the total is unknown
+            amount = f"{done:,} of {total:,}" if total else f"{done:,}"  # a total of 0 is unknown
             extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
             report(f"{self.name}: {amount} {self.unit}{extra}")
 
@@ -68,7 +68,7 @@ class ProgressBar:
 
 @contextmanager
 def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
-    """Print a UserError as one sentence, and exit with its code. Print `stopped` on Ctrl-C."""
+    """Print a UserError as one sentence, and exit with its code. On Ctrl-C, print the message `stopped`."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -82,7 +82,7 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         single_process_errors = BadData | DiskFull | MissingInput | OutOfMemory
         if dist_info().is_main_process or isinstance(user_error, single_process_errors):
             report(f"error: {user_error}")
-        # When a process fails, torchrun sends SIGTERM to all. The signal would change the exit code.
+        # torchrun sends SIGTERM to all processes when one fails, which would change this exit code.
         if under_torchrun():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(user_error.exit_code) from error
@@ -111,7 +111,7 @@ def _extra_with(module: str) -> str:
     from importlib import metadata  # this import takes 50 ms, and only an error message needs it
 
     package = module.partition(".")[0].replace("_", "-")
-    with suppress(metadata.PackageNotFoundError):  # a checkout can run without being installed
+    with suppress(metadata.PackageNotFoundError):  # a checkout may not be installed
         for line in metadata.requires("compactgpt") or []:
             # Example: `dvc>=3.67; extra == "pipeline"`. The module `dvc` must not match `dvc-s3`.
             found = re.match(rf"{package}(?![\w.-]).*extra == ['\"](\w+)['\"]", line.replace("_", "-"))

@@ -7,7 +7,7 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return a text with escapes for control and invisible characters, except for those in `keep`."""
+    """Return `text` with control and invisible characters as escapes; the characters in `keep` stay."""
     if text.isprintable():
         return text
     return "".join(
@@ -21,7 +21,7 @@ def printable(text: str, keep: str = "") -> str:
 class UserError(Exception):
     """An error that the user can correct. The message says what to do."""
 
-    exit_code = 1  # the exit codes from 65 to 78 have the meanings of sysexits.h
+    exit_code = 1  # exit codes from 65 to 78 are those of sysexits.h
 
 
 class CheckFailed(UserError):

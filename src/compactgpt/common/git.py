@@ -18,7 +18,7 @@ _MAX_BYTES = 1_000_000  # the largest diff that is logged with a run
 
 
 def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
-    """Run git in a folder and return what it prints; raises UserError if git fails or is not installed."""
+    """Run git in a folder and return what it prints; raises UserError if its exit code is not `allowed`."""
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
     except FileNotFoundError as error:
@@ -41,13 +41,13 @@ def require_repository(root: Path) -> None:
     except MissingInput:
         raise
     except UserError as error:
-        reason = " ".join(str(error).split())  # on one line
+        reason = " ".join(str(error).split())  # as one line
         advice = 'run `git init && git add . && git commit -m "first commit"`'
         raise MissingInput(f"this folder has no git repository with a commit: {advice} ({reason})") from error
 
 
 def git_facts(root: Path) -> dict[str, str]:
-    """Return MLflow tags that name the commit and uncommitted changes; empty if git fails."""
+    """Return MLflow tags: the commit, and whether there are uncommitted changes. Empty if git fails."""
     try:
         commit = git_text(root, "rev-parse", "HEAD")
         diff, left_out = uncommitted_changes(root)

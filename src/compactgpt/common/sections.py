@@ -46,7 +46,7 @@ def load_section(path: Path, section: type[SectionType]) -> SectionType:
     return check_section(read_yaml(path), section, str(path))
 
 
-# What ruamel.yaml raises: also built-in exceptions, such as ValueError for an invalid date.
+# ruamel.yaml raises its own and built-in exceptions, such as ValueError for an invalid date.
 YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -67,12 +67,12 @@ def read_yaml(path: Path) -> Any:
 @functools.lru_cache(maxsize=64)
 def parse_yaml(content: bytes | str) -> Any:
     """Return the content of YAML 1.2. Callers must not change the result, because it is cached."""
-    return YAML(typ="safe", pure=True).load(content)  # as DVC reads YAML
+    return YAML(typ="safe", pure=True).load(content)  # the reader that DVC uses
 
 
 def find_conflict(name: str, content: bytes) -> str:
     """Return an error message if a file has conflict markers of git, or an empty string."""
-    if not _MARKER.search(content):  # one marker is enough: the user may have removed the other
+    if not _MARKER.search(content):  # one marker is enough: the user may have removed the others
         return ""
     found = f"{name} has conflict markers of an unresolved merge"
     if name != "dvc.lock":
@@ -89,7 +89,7 @@ def check_section(tree: Any, section: type[SectionType], source: str) -> Section
     Raises BadConfig with all mistakes, in a message that names the file as `source`.
     """
     try:
-        # The detour through JSON: in strict mode, pydantic accepts a list for a tuple only from JSON.
+        # Through JSON, because pydantic in strict mode accepts a list for a tuple only from JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]

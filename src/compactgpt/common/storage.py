@@ -38,7 +38,7 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path, suffix: str = "tmp") -> Path:
-    """Return a temporary path next to `path`, after deleting those that killed processes left."""
+    """Return a temporary path next to `path`; delete the temporary files that killed processes left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         match = _LEFTOVER.fullmatch(leftover.name.removeprefix(f".{path.name}"))
         if not match or _is_running(int(match[1])):
