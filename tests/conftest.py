@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-# Set before typer and rich are imported: their colours would split the text that tests search for.
+# Set before typer and rich are imported. Their colours would split the text that tests search for.
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A full garbage collection takes a second when all libraries are loaded.
 gc.set_threshold(100_000, 20, 100)
-# Set before torch is imported: the workers share the cores already; more threads would wait for each other.
+# Set before torch is imported. The test workers share the cores, so more threads would only wait.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # Temporary folders are in memory if there is enough: tests sync thousands of files, and disks are slow.
 MEMORY, NEEDED = Path("/dev/shm"), 4 << 30

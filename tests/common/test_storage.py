@@ -88,27 +88,6 @@ def test_the_manifest_has_facts_sizes_and_hashes(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", "nex", r"a\.txt was altered"),
-        ("a.txt", "ne", r"a\.txt has 2 bytes where 3 were written"),
-        ("a.txt", None, r"a\.txt is missing"),
-        ("c.txt", "c", r"c\.txt is not in the manifest"),
-        ("manifest.json", "{}", r"manifest\.json does not list files"),
-        ("manifest.json", '{"a": NaN}', r"manifest\.json is not valid JSON \(NaN is not a JSON number"),
-    ],
-)
-def test_a_damaged_folder_is_refused_with_the_name_of_the_file(tmp_path, name, content, message):
-    with pytest.raises(MissingInput, match="dvc repro"):
-        storage.verified_manifest(tmp_path / "out")
-    write_output(tmp_path / "out")
-    path = tmp_path / "out" / name
-    path.write_text(content) if content else path.unlink()
-    with pytest.raises(BadData, match=message):
-        storage.verified_manifest(tmp_path / "out")
-
-
 def test_json_has_one_form_and_finite_numbers_only():
     assert storage.json_bytes({"b": 1, "a": "é"}) == '{\n  "a": "é",\n  "b": 1\n}\n'.encode()
     with pytest.raises(ValueError, match="JSON"):
@@ -124,29 +103,43 @@ def test_a_path_outside_of_its_folder_is_refused(tmp_path, name):
     assert storage.inside(tmp_path / "project", "link/a", follow=False)
 
 
+def text(content):
+    return lambda path: path.write_text(content)
+
+
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "change", "message", "can_overwrite"),
     [
-        ("a.txt", lambda path: path.write_text("old")),
-        ("notes.txt", lambda path: path.write_text("mine")),
-        ("sub/link", lambda path: path.symlink_to("nowhere")),
-        ("empty", Path.mkdir),
+        ("a.txt", text("nex"), r"a\.txt was altered", True),
+        ("a.txt", text("ne"), r"a\.txt has 2 bytes where 3 were written", True),
+        ("a.txt", Path.unlink, r"a\.txt is missing", True),
+        ("notes.txt", text("mine"), r"notes\.txt is not in the manifest", False),
+        ("sub/link", lambda path: path.symlink_to("nowhere"), "sub/link is not in the manifest", False),
+        ("empty", Path.mkdir, "empty is not in the manifest", False),
+        ("manifest.json", text("{}"), r"manifest\.json does not list files", False),
+        ("manifest.json", text('{"a": NaN}'), r"manifest\.json is not valid JSON \(NaN is not a JSON", False),
     ],
 )
-def test_only_an_earlier_output_is_replaced_and_added_files_are_never_deleted(tmp_path, name, make):
-    for content in ("old", "newer"):
-        write_output(tmp_path / "out", content=content)
-    assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out/a.txt").read_text() == "newer"
-    assert_refused(tmp_path / "out", "did not write", kind="export", overwrite=True)
-    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
-    make(tmp_path / "out" / name)
-    assert_refused(tmp_path / "out", f"{name} .*changed since")
-    if name == "a.txt":
-        write_output(tmp_path / "out", overwrite=True)
-        storage.verified_manifest(tmp_path / "out")
+def test_a_changed_folder_is_refused_and_only_its_own_files_are_replaced(
+    tmp_path, name, change, message, can_overwrite
+):
+    out = tmp_path / "out"
+    with pytest.raises(MissingInput, match="dvc repro"):
+        storage.verified_manifest(out)
+    for content in ("old", "new"):  # an earlier output is replaced
+        write_output(out, content=content)
+    assert (names(tmp_path), (out / "a.txt").read_text()) == (["out"], "new")
+    assert_refused(out, "did not write", kind="export", overwrite=True)
+    (out / name).parent.mkdir(exist_ok=True)
+    change(out / name)
+    with pytest.raises(BadData, match=message):
+        storage.verified_manifest(out)
+    assert_refused(out, "did not write" if name == "manifest.json" else f"{message}.*, so .* was changed")
+    if can_overwrite:
+        write_output(out, overwrite=True)
+        storage.verified_manifest(out)
     else:
-        assert_refused(tmp_path / "out", "is not in the manifest.*changed since", overwrite=True)
+        assert_refused(out, "", overwrite=True)
 
 
 def test_other_files_and_the_current_folder_are_refused(tmp_path, monkeypatch):
