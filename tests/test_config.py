@@ -88,7 +88,7 @@ def test_a_file_that_is_not_a_params_yaml_is_refused_in_one_message(tmp_path, co
     with pytest.raises(MissingInput, match=r"params\.yaml is missing"):
         load_params(path)
     path.write_bytes(content)
-    with pytest.raises(BadConfig, match=rf"(?s)params\.yaml .*{message}"):
+    with pytest.raises(BadConfig, match=rf"(?s)params\.yaml.*{message}"):
         load_params(path)
 
 
