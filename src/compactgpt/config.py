@@ -74,7 +74,7 @@ class Files(Section):
 
     def _mistakes(self) -> Iterator[str]:
         if self.split == "heading" and self.heading is None:
-            yield "split is heading: set heading to a regular expression for the first line of each document"
+            yield "split is heading: write the regular expression of a document's first line into heading"
 
 
 class HubSet(Section):
