@@ -1,4 +1,4 @@
-"""The Python API: five lines load a model, generate text and measure text, as the pipeline does."""
+"""The Python API: five lines load a model, generate text and score texts, as the pipeline does."""
 
 import inspect
 import re

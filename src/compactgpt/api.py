@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MODEL = "models/compact"
 TOKENIZER = "data/tokenizer"
-LONGEST_WINDOW = 1024  # the default `window` of `Model.score` is not larger
+LONGEST_WINDOW = 1024  # tokens; the maximum of `Model.window`
 BATCH_SIZE = 16  # number of windows that a model reads at once
 _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
@@ -64,11 +64,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Model:
-    """A language model that can generate text and measure text."""
+    """A language model that generates text and scores texts."""
 
     name: str
     language_model: LanguageModel
-    encoding: "tiktoken.Encoding"  # the project's tokenizer; losses are per token of it
+    encoding: "tiktoken.Encoding"  # the project's tokenizer, whose tokens the losses are divided by
 
     @property
     def window(self) -> int:

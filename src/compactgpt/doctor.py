@@ -75,7 +75,7 @@ def format_report(found: Mapping[str, Any]) -> str:
 
 
 def _ask(address: str) -> str:
-    """Return whether the server at an address answers; an error status is an answer, too."""
+    """Return `answers`, or why the server does not answer; an error status is an answer, too."""
     try:
         urllib.request.urlopen(address, timeout=WAIT_SECONDS).close()  # noqa: S310 (the user's setting)
     except urllib.error.HTTPError:

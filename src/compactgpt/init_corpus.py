@@ -26,7 +26,7 @@ from compactgpt.data.validation import document_row
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
-SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
+SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read in a few seconds
 # Bytes of text per GPT-2 token. Measured: 3.1 to 5.3 for ASCII text;
 # 1.3 to 1.7 for Chinese, Thai and Russian.
 ASCII_BYTES_PER_TOKEN = 3.5
@@ -39,7 +39,7 @@ FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut file
 # Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-# Val tokens to score, approximately: the first tokens of each val document.
+# Approximate number of val tokens to score: the first tokens of each val document.
 SCORED_TOKENS = 200_000
 # Val documents that must be long enough for a prompt and a continuation.
 CONTINUED_DOCUMENTS = 8
@@ -112,10 +112,10 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 
 def _with_limits_of_demo(params_file: Path) -> Params:
-    """Return the settings in params.yaml; experiment `demo` gives those that depend on the corpus."""
+    """Return the settings of params.yaml, with the limits of the experiment `demo`."""
     load_params(params_file)  # raises an error that names a mistake in the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
-    # In params.yaml, these settings may fit another corpus.
+    # The limits in params.yaml may fit an earlier corpus.
     limits = {name: demo[name] for name in ("validation", "inspection")}
     limits |= {"download": {"files": demo["download"]["files"]}}
     limits |= {"evaluation": {"text": demo["evaluation"]["text"]}}
@@ -176,7 +176,7 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
     for folder, name in files:
         for text, source, cut in read_file(folder, name, download):
             if sample.bytes >= SAMPLE_BYTES:
-                # For compressed files, `scale` is too low: their text is larger than they are.
+                # Too low for compressed files, whose text is larger than the files.
                 size = sum((folder / name).stat().st_size for folder, name in files)
                 sample.scale = max(1.0, size / sample.bytes)
                 return sample
@@ -199,8 +199,7 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # A split by hash would scatter the parts of a cut file.
-    # A small val could get too few documents.
+    # A split by hash scatters the parts of a cut file, and may put too few documents in a small val split.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
@@ -265,7 +264,7 @@ def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     # Share of val documents that must be long enough for a prompt and a continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
-    # Prompt and continuation get a quarter of the document each: `tokens` has estimates.
+    # Prompt and continuation get only a quarter of the document each, because `tokens` has estimates.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

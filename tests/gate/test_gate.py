@@ -215,8 +215,8 @@ def test_the_noise_is_that_of_the_seeds_or_an_assumption_that_the_verdict_names(
     path, now = tmp_path / "results/seeds.json", snapshot()
     for state, changes, missing in (
         (now, {"losses": [4.0]}, "is missing"),
-        (snapshot(documents=documents(29)), {}, "is of another val split"),
-        (now, {"settings": {"training.seed": 2}}, "is of another recipe"),
+        (snapshot(documents=documents(29)), {}, "has another val split"),
+        (now, {"settings": {"training.seed": 2}}, "has other settings"),
     ):
         seeds_file(path, now, **changes)
         found = references.read_noise(path, now, state, SETTINGS)

@@ -57,7 +57,7 @@ def diff(
 ) -> None:
     """Compare the parameters, data, code, environment and metrics of two versions.
 
-    Prints the differences, and whether those of metrics may be random.
+    Prints the differences, and whether a metric's difference may be random.
     Example: compactgpt diff HEAD~1 workspace
     """
     from compactgpt.tracking import compare_runs
@@ -71,7 +71,7 @@ def gate(
     against: Annotated[str, typer.Option(help="A .json file, git revision or `champion`.")] = ACCEPTED,
     accept: Annotated[str, typer.Option(metavar="REASON", help="Make these reports the reference.")] = "",
     bench: Annotated[Path | None, typer.Option(help="The file of benchmarks/training.py --json.")] = None,
-    promote: Annotated[bool, typer.Option("--promote", help="If it passes: make it champion.")] = False,
+    promote: Annotated[bool, typer.Option("--promote", help="If it passes, make it the champion.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="A Markdown file to write.")] = None,
     junit: Annotated[Path | None, typer.Option(help="A JUnit XML file to write.")] = None,
     as_json: AsJson = False,
@@ -79,7 +79,7 @@ def gate(
     """Check the model against an accepted model.
 
     A metric worse than its limit gives exit code 3.
-    --accept writes the present metrics to the --against file.
+    --accept writes the present metrics to the file of --against.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params
@@ -99,7 +99,7 @@ def gate(
     formats.publish(verdict, markdown, junit)
     if not passed:
         if not as_json:
-            echo("next: compactgpt diff HEAD workspace; compactgpt gate --accept REASON accepts the change")
+            echo("next: compactgpt diff HEAD workspace; to accept the model: compactgpt gate --accept REASON")
         raise typer.Exit(CheckFailed.exit_code)
     if promote:
         echo(f"version {references.promote(Path(), accept)} is the champion")

@@ -33,7 +33,7 @@ ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the tr
 def generate(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="`-`: standard input; without it, the command asks."),
+        typer.Argument(metavar="[PROMPT]", help="`-`: standard input. Without PROMPT, the command asks."),
     ] = None,
     model: Annotated[str, typer.Option("--model", help=f"{MODELS}.")] = MODEL,
     compare: Annotated[str, typer.Option(metavar="MODEL", help="Also show another model's text.")] = "",
@@ -181,7 +181,7 @@ def _cut(text: str, name: str) -> tuple[list[str], str]:
     )
     pieces = list(split_text(io.BytesIO(text.encode()), name, auto, sys.maxsize))
     cut = pieces[0].cut if pieces else ""
-    message = f"{name}: {len(pieces):,} documents by {cut}; --whole scores one document"
+    message = f"{name}: cut by {cut} into {len(pieces):,} documents; --whole scores one document"
     return [piece.text for piece in pieces], message if cut else ""
 
 

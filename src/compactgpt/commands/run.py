@@ -48,7 +48,7 @@ def init_corpus(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files or folders of text.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply the values without asking.")] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="Training time at most (default: 60).")
+        float | None, typer.Option(min=0.01, help="Maximum training time (default: 60).")
     ] = None,
 ) -> None:
     """Copy your text to corpus/, and fit params.yaml to the text.
@@ -73,7 +73,7 @@ def init_corpus(
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine can run.
 
-    Prints hardware, MLflow store, state of the Hugging Face Hub, usable baselines and estimated run times.
+    Prints the hardware, the MLflow store, the usable baselines, estimated times, and if the hub answers.
     Example: compactgpt doctor
     """
     from compactgpt.doctor import examine, format_report
@@ -175,7 +175,7 @@ def record_experiment(name: ExperimentName) -> None:
 
 @experiment.command("fit")
 def fit_experiment(name: ExperimentName = "ladder") -> None:
-    """Fit a scaling law to a sweep, and predict the loss with params.yaml.
+    """Fit a scaling law to a sweep, and predict the loss of the run of params.yaml.
 
     Also writes the law to results/NAME.json.
     Example: compactgpt experiment fit ladder
@@ -217,4 +217,4 @@ def repair() -> None:
     from compactgpt.tracking.dvc_files import restore_lock
 
     if restore_lock(Path()):
-        echo("dvc.lock was incomplete, because DVC was killed: restored the copy from the last stage's start")
+        echo("dvc.lock was incomplete because DVC was killed: restored the copy from the last stage's start")

@@ -14,18 +14,18 @@ from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, sweep_re
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# Vectors of n_embd numbers that a block keeps per token for the backward pass:
+# For the backward pass, a block keeps 16 n_embd numbers per token:
 # layer norms 4, queries, keys and values 3, attention output 1, GELU 8.
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
-MEASUREMENTS = 10  # number of matrix products that `measure_flops` times; the shortest time counts
+MEASUREMENTS = 10  # number of timed matrix products; the shortest time counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return the content of reports/estimate.json.
 
-    `compact` is the configured run. `note` is the run of the note that this project checks. `ladder` is the
-    result of `sweep_report`; null without a sweep.
+    `compact` is the run of params.yaml. `note` is the run of the note that this project checks.
+    `ladder` is the result of `sweep_report`; null without a sweep.
     """
     model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
@@ -111,12 +111,12 @@ def estimate_run(
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
         "flops_per_token": flops_each,
         "flops": flops,
-        "memory_bytes": {  # content of the memory -> bytes; all numbers are float32
+        "memory_bytes": {  # all numbers are float32
             "weights": weights,
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,
             "activations": KEPT_WIDTHS * model.n_layer * batch_tokens * model.n_embd * FP32_BYTES,
-            # Not needed here: our loss function computes the logits, (B, T, V), in chunks.
+            # Only for comparison: our loss function computes the logits, (B, T, V), in chunks.
             "logits_if_held_at_once": batch_tokens * model.padded_vocab_size * FP32_BYTES,
         },
         "minutes": {
@@ -154,11 +154,11 @@ def training_minutes(params: Params, speed: float) -> float:
 
 
 def announce_times(runs: Sequence[Params]) -> list[str]:
-    """Return messages on the time of the training and of slow baselines."""
+    """Return messages about the time of the training and of slow baselines."""
     speed = measure_flops()
     minutes = sum(training_minutes(params, speed) for params in runs)
     baseline = runs[0].baseline
-    # The other kinds of baselines are scored in seconds.
+    # Baselines of other kinds are scored in seconds.
     slow = [name for name in baseline.names if baseline.specs[name].kind in ("gguf", "folder", "hub")]
     return [
         f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
@@ -182,7 +182,7 @@ def format_minutes(minutes: float) -> str:
 
 
 def format_estimate(report: Mapping[str, Any], settings: Estimate) -> str:
-    """Return the configured run's estimates as a table for a terminal; `report` comes from `estimate`."""
+    """Return the estimate of the configured run as a table for a terminal; `report` is from `estimate`."""
     rows = [*_cost_rows(report["compact"], settings), *_loss_rows(report)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)
@@ -198,7 +198,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     yield "  non-embedding", f"{sizes['non_embedding']:,}"
     yield "steps", f"{found['steps']:,} of {found['tokens_per_step']:,} tokens"
     yield "tokens", f"{found['tokens']:,}"
-    unknown = f"unknown: the corpus ({found['corpus']}) is counted only when the pipeline reads the corpus"
+    unknown = f"unknown until the pipeline has read the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
     counted = "with attention, and with the sampled part of the output layer only"
@@ -206,18 +206,18 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
     yield "  kept for the backward pass", f"{memory['activations']} of one micro-batch"
-    yield "  logits, were they held at once", f"{memory['logits_if_held_at_once']}  (only a part is held)"
+    yield "  logits of one micro-batch", f"{memory['logits_if_held_at_once']}  (only a part at a time)"
     yield "time", ""
     for name, minutes in found["minutes"].items():
         machine = settings.machines[name]
         rate = f"{machine.utilisation:.0%} of {machine.peak_teraflops:g} TFLOP/s"
         yield f"  {name}", f"{format_minutes(minutes)}  ({rate})"
-    yield "", "      of the training alone; reading the corpus, evaluation and baselines take time, too"
+    yield "", "      for the training alone; reading the corpus, evaluation and baselines take time, too"
 
 
 def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     found, checks, sweep = report["compact"], report["calibration"], report["ladder"]
-    yield "loss by published laws", "nats per token; each law as published, not fitted to this text"
+    yield "loss by published laws", "nats per token; the laws were fitted to other text"
     for law in LAWS:
         estimated = found["laws"][law.name]
         where = "inside" if estimated["inside_validity"] else "outside"
@@ -229,8 +229,8 @@ def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     verdict = "too narrow" if low < 0.8 * of or high < 0.95 * of else "wide enough"
     yield "loss expected", "nats per token"
     yield from _interval_rows("the fixed rule", found["expected_loss"])
-    yield "", f"      checked on {of} measured runs, each predicted from the others, these intervals are"
-    yield "", f"      {verdict}: the 80 % interval contained {low} of {of}, the 95 % interval {high} of {of}"
+    yield "", f"      checked on {of} measured runs, each predicted from the others: these intervals are"
+    yield "", f"      {verdict}. The 80 % interval contained {low} of {of}, the 95 % interval {high} of {of}"
     yield from _interval_rows("the fixed rule, calibrated", found["calibrated_loss"])
     if sweep and sweep["expected_loss"]:
         yield from _interval_rows("the law of our sweep", sweep["expected_loss"])

@@ -9,10 +9,10 @@ from compactgpt.config import Model, Training
 class ParameterCounts:
     """The number of parameters of a GPT, counted by three different conventions."""
 
-    all_tensors: int  # all parameters; head and token embedding are one matrix, counted once
-    # All parameters except position embeddings, as get_num_params of nanoGPT counts: N of Hoffmann's law.
+    all_tensors: int  # head and token embedding are one matrix, counted once
+    # Without position embeddings, as nanoGPT's get_num_params counts: N of Hoffmann's law.
     nanogpt: int
-    non_embedding: int  # parameters except token and position embeddings: N of Kaplan's law
+    non_embedding: int  # without token and position embeddings: N of Kaplan's law
 
 
 def count_parameters(model: Model) -> ParameterCounts:
@@ -29,8 +29,8 @@ def count_parameters(model: Model) -> ParameterCounts:
 def flops_per_token(model: Model, training: Training | None = None) -> dict[str, int]:
     """Return the FLOPs of the forward and backward pass for one token.
 
-    `six_n` is 6N in nanoGPT's convention. `with_attention` includes attention, and only the computed rows of
-    the head (Chowdhery et al. 2022, appendix B).
+    `six_n` is 6 times nanoGPT's number of parameters. `with_attention` also counts attention, but only the
+    computed rows of the head (Chowdhery et al. 2022, appendix B).
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -13,7 +13,7 @@ from compactgpt.forecast.model_size import count_parameters
 
 
 def run_of(model: Model, training: Training | NoteRun) -> Run:
-    """Return the size of a model, and the budget of its training."""
+    """Return the size of a model and the budget of its training."""
     sizes = count_parameters(model)
     return Run(
         num_params=sizes.nanogpt,
@@ -43,9 +43,9 @@ class Law:
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss of `run`, in nats per token.
+        """Return the predicted loss of `run`, in nats per token.
 
-        The law is scaled: it gives the measured loss of the reference run `anchor` exactly.
+        The law is scaled until it predicts the measured loss of the reference run `anchor`.
         """
         reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
@@ -114,16 +114,17 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals, in nats per token.
 
-    Each law is scaled to the reference run nearest in compute. The 80 % interval is the range of the laws'
-    losses, widened.
+    Scales each law to the reference run that is nearest in compute. The 80 % interval is the widened range
+    of the laws.
     """
-    # Distances are rounded: they count as equal if only their last bits differ.
+    # Powers of ten between the FLOPs of two runs, rounded: the last bits must not decide which is nearest.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
     nearest = min(anchors, key=lambda anchor: (distances[anchor.name], anchor.optimizer != optimizer))
     guess = math.log(vocab_size)
     losses = [min(law.loss_through(nearest, run), guess) for law in LAWS]
     low, high = min(losses), max(losses)
     largest = max(anchors, key=lambda anchor: anchor.flops)
+    # The laws' error on the largest measured run shows how far to trust them.
     miss = max(abs(law.loss(largest) - largest.loss) for law in LAWS)
     width = miss * max(1.0, distances[nearest.name])
 
@@ -136,9 +137,9 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
         high_80=bound(high + width),
         low_95=bound(low - 2 * width),
         high_95=bound(high + 2 * width),
-        basis=f"the laws through {nearest.name} ({nearest.corpus}, {nearest.loss} nats per token, "
-        f"{distances[nearest.name]:.2f} decades of compute away): their spread, widened by {width:.3f} "
-        f"nats (80 %) or twice that (95 %), the laws' largest miss at {largest.name}",
+        basis=f"scaling laws through the run {nearest.name} ({nearest.corpus}, loss {nearest.loss}, compute "
+        f"10^{distances[nearest.name]:.2f} times more or less); the 80 % interval is their range, widened by "
+        f"{width:.3f} nats because of their error on {largest.name}; the 95 % interval twice as much",
     )
 
 
@@ -150,7 +151,7 @@ class Calibration:
     checks: tuple[dict[str, Any], ...]  # one row of reports/estimate.json for each measured run
 
     def factor(self, share: float) -> float:
-        """Return the factor with which the 80 % interval contains the share `share` of the measured losses.
+        """Return the factor that scales the 80 % interval until it contains a share of the measured losses.
 
         Source: split conformal prediction (Papadopoulos et al. 2002).
         """
@@ -159,7 +160,7 @@ class Calibration:
         return float(ordered[min(rank, len(ordered)) - 1])
 
     def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
-        """Return the loss that `expect_loss` predicts, with intervals that are scaled by `factor`."""
+        """Return the loss that `expect_loss` predicts, with its intervals scaled by `factor`."""
         rule = expect_loss(run, optimizer, vocab_size, self.anchors)
         middle, half = _middle_and_half(rule)
         half_80 = half * self.factor(0.80)

@@ -1,6 +1,6 @@
 """Fit a scaling law to a sweep of small runs: `compactgpt experiment fit`.
 
-The law is from Hoffmann et al. 2022, equation 2: N is the number of parameters, D of training tokens.
+In the law, N is the number of parameters, D the number of training tokens (Hoffmann et al. 2022, equation 2).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from compactgpt.forecast.scaling_laws import run_of
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
 
-# The Huber loss does not square larger errors (Hoffmann et al. 2022, appendix D.2).
+# Larger errors are not squared, so outliers count less (Hoffmann et al. 2022, appendix D.2).
 HUBER_DELTA = 1e-3
 RESAMPLES = 400  # number of bootstrap resamples of the runs
 SEED = 1337
@@ -31,7 +31,7 @@ NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",
 }  # fmt: skip
-# Keys from which the law predicts the loss. They may differ between sweep and run.
+# The law has these keys as inputs, so the predicted run may have other values than the sweep.
 SIZE_AND_BUDGET = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
 
 
@@ -143,7 +143,7 @@ def _fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[fl
 
 
 def _rounded(value: float, digits: int = 9) -> float:
-    """Round to significant digits: further digits differ between processors."""
+    """Return the value rounded to significant digits; further digits differ between processors."""
     return float(f"{value:.{digits}g}")
 
 
@@ -167,7 +167,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     while len(draws) < resamples:
         sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
         sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
-        # If the resample has too few different runs for a fit, another one is drawn.
+        # A resample with too few different runs can't be fitted, and another one is drawn.
         if len({run.name for run in sample}) > len(constants) and min(len(sizes), len(budgets)) > 1:
             draws.append(_fit_form(form, sample, [constants]))
     return Fit(

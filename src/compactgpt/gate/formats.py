@@ -13,15 +13,15 @@ from compactgpt.common.storage import write_text
 from compactgpt.gate.gate import Check, Verdict
 
 _TEMPLATE = Path(__file__).parent / "templates/comment.md.j2"
-_MOST_LINES = 5  # the comment shows at most this many failures and warnings above its table
-_MOST_POINTS = 40  # the largest number of points of a curve in the chart
+_MOST_LINES = 5  # maximum number of failures and warnings above the table of the comment
+_MOST_POINTS = 40  # maximum number of points of a curve in the chart
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}  # status -> word in the terminal
 _ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}  # status -> icon in the comment
 _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
 
 
 def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | None) -> None:
-    """Write the verdict to files, and to the step summary of GitHub Actions."""
+    """Write the verdict to the given files, and inside GitHub Actions to the step summary."""
     if markdown_file:
         write_text(markdown_file, render_markdown(verdict))
     if junit_file:
@@ -82,15 +82,13 @@ def render_junit(verdict: Verdict) -> str:
 
 
 def _make_chart(curve: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
-    """Return the values for a Mermaid chart of the losses, interpolated at equal distances.
-
-    None with fewer than two steps.
-    """
+    """Return the values for a Mermaid chart of the losses; None with fewer than two steps."""
     rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in curve]
     known = [row for row in rows if None not in row]
     if len(known) < 2:
         return None
     steps, *losses = np.array(known, np.float64).T
+    # Mermaid draws the points of a line at equal distances.
     even = np.linspace(steps[0], steps[-1], min(len(known), _MOST_POINTS))
     lines = np.array([np.interp(even, steps, values) for values in losses]).round(3)  # (2 curves, points)
     return {

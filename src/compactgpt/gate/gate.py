@@ -18,7 +18,7 @@ from compactgpt.evaluation.metrics import Interval, mcnemar_one_sided, ratio_int
 Array = npt.NDArray[np.float64]
 Status = Literal["pass", "warn", "fail", "info"]
 
-# Prefixes of parameters that change only limits, reports or speed, but not the compared metrics.
+# Prefixes of keys in params.yaml that do not change the compared metrics.
 _NO_EFFECT = (
     "regression.", "comparison.", "estimate.", "validation.", "inspection.", "runtime.num_workers",
     "runtime.log_interval", "runtime.sample_", "baseline.names", "training.checkpoint_interval",
@@ -32,25 +32,25 @@ class Noise:
 
     deviation: float  # standard deviation of a run's loss, nats per token
     degrees_of_freedom: float  # number of measured runs - 1; infinite for an assumed deviation
-    source: str  # a sentence for the verdict: where the deviation is from
+    source: str  # a sentence for the verdict: where the deviation comes from
 
     def quantile(self, level: float) -> float:
-        """Return the limit that the difference of two losses exceeds by chance with probability `level`."""
+        """Return the difference of two losses that chance exceeds with the probability `level`."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The losses of a model by document of the val split."""
+    """The losses of a model on each document of the val split."""
 
     ids: tuple[str, ...]
     tokens: Array  # (documents,)
-    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> nats, (documents,)
+    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> (documents,)
     of: int  # number of documents in the complete val split
 
     def select(self, ids: tuple[str, ...]) -> "Documents | None":
-        """Return the losses of these documents; None if a document is missing."""
+        """Return the losses of the documents `ids`; None if a document is missing."""
         row_of = {name: row for row, name in enumerate(self.ids)}
         if not row_of.keys() >= set(ids):
             return None
@@ -64,13 +64,13 @@ class Snapshot:
     """The metrics, parameters and hashes of one version of the project, which the gate compares."""
 
     name: str  # name of this version in the verdict
-    # `val` -> SHA-256 of the val split; `window`, and keys such as `own.stride` -> tokens
+    # Settings of the measurement: `val` -> SHA-256 of the val split; `window`, `own.stride` -> tokens
     fingerprint: Mapping[str, Any]
     data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256
     params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
     figures: Mapping[str, float]  # metric -> value
     baselines: Mapping[str, float]  # baseline -> loss, nats per token
-    # task -> `items_sha256`, and `hits`: a string with a digit per item, 1 if the answer is right
+    # task -> `items_sha256`, and `hits`: a digit per item, 1 if the model's answer is right
     tasks: Mapping[str, Mapping[str, str]]
     documents: Documents
     reason: str = ""  # why a person accepted this version as the reference
@@ -96,9 +96,9 @@ class Verdict:
 
     against: str  # name of the accepted version
     reason: str  # why a person accepted this version
-    guards: list[Check] = field(default_factory=list)
+    guards: list[Check] = field(default_factory=list)  # checks of what the metrics depend on
     metrics: list[Check] = field(default_factory=list)
-    watched: list[Check] = field(default_factory=list)  # checks that are only shown: they can't fail
+    watched: list[Check] = field(default_factory=list)  # rows that are only shown: they can't fail
     # Rows of reports/loss.csv of the new version: `step`, `train_loss` and `val_loss`.
     curve: list[dict[str, float | None]] = field(default_factory=list)
 
@@ -142,7 +142,7 @@ def run_gate(
 
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
     if changes := _compare(then.fingerprint, now.fingerprint):
-        says = f"not comparable: {', '.join(changes)}. Restore the old values, or accept the new ones"
+        says = f"not comparable: {', '.join(changes)}. Restore the old values, or use --accept"
         return Check("validation", "fail", says)
     if now.documents.select(then.documents.ids) is None:
         return Check("validation", "fail", "not comparable: the reference has documents that are missing now")
@@ -171,7 +171,7 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
 
 
 def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """Leave out the keys that begin with a prefix in `without`, and the keys of unused baselines."""
+    """Return `params` without unused baselines, and without keys that begin with a prefix in `without`."""
     names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # `params` has lists as JSON
     in_use = tuple(f"baseline.specs.{name}." for name in names)
     acting = {key: value for key, value in params.items() if not key.startswith(without)}
@@ -190,9 +190,9 @@ def _check_parameters(differences: list[str]) -> Check:
 def _check_baselines(
     then: Snapshot, now: Snapshot, settings: Regression, *, explained: bool
 ) -> Iterator[Check]:
-    """Yield a check for each baseline whose loss changed, or one passed check.
+    """Yield a check for each baseline whose loss changed; if there is none, one passed check.
 
-    The check is a warning if `explained` (parameters or data changed), otherwise a failure.
+    The check fails, but only warns if `explained`: changed parameters or data can be the reason.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -235,7 +235,7 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
 def choose_accuracies(
     hits: Mapping[str, str], settings: Regression, *, has_perplexity: bool
 ) -> tuple[list[str], float]:
-    """Return the names of the accuracies to test, and the significance level of each test.
+    """Return the accuracies that can fail, and the significance level of each test.
 
     `hits`: accuracy -> a digit per item, 1 if the accepted model's answer is right.
     """
@@ -263,8 +263,7 @@ def _check_perplexity(
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
     """Return the relative rise of the perplexity, with its confidence interval.
 
-    `nats`, `nats_then`: losses of the new and the accepted model, (documents,).
-    `tokens`: scored tokens, (documents,). `level`: probability of a false alarm.
+    `nats` is of the new model, `nats_then` of the accepted model. Arrays are (documents,).
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
@@ -278,7 +277,7 @@ def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, 
 
 
 def decide(change: Interval, tolerance: float) -> Status:
-    """Return `fail` if the change is above the tolerance and its interval above 0; `warn` if one is true."""
+    """Return `fail` if the change is above its tolerance and its interval above 0; `warn` if only one is."""
     beyond, sure = change.value > tolerance, change.low > 0
     return "fail" if beyond and sure else "warn" if beyond or sure else "pass"
 

@@ -1,6 +1,6 @@
-"""Read the two versions of the project that the gate compares: the present one, and the reference.
+"""Read the versions that the gate compares: the present project and the reference.
 
-The reference is a commit, the champion, or a JSON file from `compactgpt gate --accept`.
+The reference is a commit, MLflow's champion, or a file that `compactgpt gate --accept` wrote.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generate
 class _Rows(Section):
     columns: tuple[str, ...]
     of: int  # number of documents in the complete val split
-    rows: tuple[str, ...]  # one text per document: its values, with spaces between them
+    rows: tuple[str, ...]  # for each document, the values of `columns` with spaces between them
 
 
 class _Reference(Section):
@@ -64,7 +64,7 @@ class _Reference(Section):
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
     """Compare the project in the folder `root` with the reference `against`.
 
-    `bench` is a file of `benchmarks/training.py --json`; None skips the check of the throughput.
+    `bench` is a file that `benchmarks/training.py --json` wrote; None skips the check of the throughput.
     """
     throughput = None
     if bench is not None:
@@ -80,17 +80,17 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 
 
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
-    """Return the deviation of the loss between runs with different seeds, from the file `path`.
+    """Return the noise between training runs, from the runs with different seeds in the file `path`.
 
-    Without runs of the same settings and documents: `regression.fallback_noise`.
+    Returns `regression.fallback_noise` if the file has no runs with these settings and documents.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
         problem = "is missing"
     elif sweep.documents is None or sweep.documents.ids_sha256 != documents_sha256(now.documents.ids, tokens):
-        problem = "is of another val split"
+        problem = "has another val split"
     elif not any(sweep.settings.items() <= state.params.items() for state in (now, then)):
-        problem = "is of another recipe"
+        problem = "has other settings"
     else:
         losses = [run.loss for run in sweep.runs]
         deviation = statistics.stdev(losses)
@@ -117,7 +117,7 @@ def read_reference(name: str, root: Path) -> Snapshot:
         return _read_champion(root)
     require_repository(root)
     if not (commit := commit_named(root, name)):
-        raise BadConfig(f"--against {name}: git has no commit, branch, tag or experiment of that name")
+        raise BadConfig(f"--against {name}: git has no commit, branch, tag or DVC experiment of this name")
     version, label = Commit(root, commit), f"{name} ({commit[:9]})"
     if not (md5 := read_chain(version).out(_DOCUMENTS)):
         advice = "choose a commit that was made after `dvc repro`"
@@ -234,10 +234,7 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
 
 
 def read_accepted(path: Path) -> Snapshot:
-    """Read the accepted reference.
-
-    Raises MissingInput if the file does not exist, and BadData if the file is damaged.
-    """
+    """Read a file that `accept` wrote. Raises MissingInput, or BadData if the file is damaged."""
     if not path.exists():
         raise MissingInput(f'{path} is missing: run `compactgpt gate --accept "the first reference"`')
     try:
@@ -259,7 +256,7 @@ def read_accepted(path: Path) -> Snapshot:
 def promote(root: Path, reason: str = "") -> str:
     """Make the model in models/ the champion of the model registry, and return its version number.
 
-    Raises MissingInput, or CheckFailed if the champion's configuration differs and `reason` is empty.
+    Raises CheckFailed if the present champion has another configuration and `reason` is empty.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
