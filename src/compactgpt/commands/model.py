@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,19 +53,11 @@ def generate(
 
     names = [model, compare] if compare else [model]
     models = [load(name, params_file=params_file) for name in names]
+    options: dict[str, Any] = {"num_samples": num_samples, "max_new_tokens": max_new_tokens}
+    options |= {"temperature": temperature, "top_k": top_k, "seed": seed}
 
     def show(prompt: str) -> None:
-        streams = [
-            one.stream(
-                prompt,
-                num_samples=num_samples,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                seed=seed,
-            )
-            for one in models
-        ]
+        streams = [one.stream(prompt, **options) for one in models]
         if compare:
             _show_in_columns(prompt, models, streams)
         else:

@@ -13,7 +13,6 @@ from compactgpt.common.console import echo, report
 from compactgpt.common.errors import UserError
 from compactgpt.common.storage import read_json
 
-METRICS = Path("reports/metrics.json")  # the loss and the perplexity of the trained model
 CALLED_BY_MAKE = "Called by make repro"
 
 app = typer.Typer()
@@ -108,10 +107,7 @@ def show_experiment(name: ExperimentName, settings: Settings = None) -> None:
 
 
 @experiment.command("apply")
-def apply_experiment(
-    name: ExperimentName,
-    settings: Settings = None,
-) -> None:
+def apply_experiment(name: ExperimentName, settings: Settings = None) -> None:
     """Write the values of an experiment to params.yaml.
 
     Example: compactgpt experiment apply note -S training.max_steps=1000
@@ -143,7 +139,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
     check_sources(runs[0])
     echo("\n".join(announce_times(runs)))
     experiments.run(name, PARAMS, settings or [])
-    metrics = read_json(METRICS)
+    metrics = read_json(Path("reports/metrics.json"))
     echo("our model, measured: loss {loss:.3f}, perplexity {perplexity:.2f}".format(**metrics))
     echo(f"The page: reports/index.html\nnext: compactgpt experiment record {name}")
 

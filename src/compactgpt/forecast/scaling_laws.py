@@ -163,15 +163,14 @@ class Calibration:
         """Return the loss that `expect_loss` predicts, with its intervals scaled by `factor`."""
         rule = expect_loss(run, optimizer, vocab_size, self.anchors)
         middle, half = _middle_and_half(rule)
-        half_80 = half * self.factor(0.80)
-        half_95 = max(half_80, half * self.factor(0.95))
+        half_80, half_95 = half * self.factor(0.80), half * self.factor(0.95)
         guess = math.log(vocab_size)
         return ExpectedLoss(
             value=middle,
             low_80=max(middle - half_80, 0.01),
-            high_80=max(min(middle + half_80, guess), middle),
+            high_80=min(middle + half_80, guess),
             low_95=max(middle - half_95, 0.01),
-            high_95=max(min(middle + half_95, guess), middle),
+            high_95=min(middle + half_95, guess),
             basis=f"{rule.basis}; calibrated on {len(self.checks)} measured runs, each predicted from the "
             "others",
         )

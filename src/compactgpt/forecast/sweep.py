@@ -155,10 +155,8 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
     if not misses:
         raise BadData(f"{len(runs)} runs are too few for a scaling law: run 3 sizes with 3 budgets each")
-    errors: dict[FormName, float] = {}
-    for name, values in misses.items():
-        mean_square = math.fsum(value * value for value in values) / len(values)
-        errors[name] = _rounded(math.sqrt(mean_square))
+    # `hypot` is the root of the sum of squares.
+    errors = {name: _rounded(math.hypot(*found) / math.sqrt(len(found))) for name, found in misses.items()}
     chosen = min(errors, key=lambda name: errors[name])
     form = FORMS[chosen]
     constants = _fit_form(form, runs, form.starts)

@@ -219,7 +219,6 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
     ids = snapshot.documents.ids
     sample = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:max_documents])
     documents = snapshot.documents.select(tuple(name for name in ids if name in sample))
-    assert documents is not None  # all ids are from the snapshot
     metrics = sorted(documents.nats)
     columns = [documents.tokens.astype(int).tolist(), *(documents.nats[key].tolist() for key in metrics)]
     rows = [" ".join(map(str, row)) for row in zip(documents.ids, *columns, strict=True)]
