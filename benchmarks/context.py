@@ -1,10 +1,9 @@
-"""What a model gains from its context: the loss of the same tokens after 1, 2, 4 ... tokens before them.
+"""Measure what a model gains from its context: the loss of the same targets after 1, 2, 4 ... tokens.
 
     python -m benchmarks.context --model models/compact
 
-The report's loss by position compares different tokens, 272 of them at each position of the demo's val
-split, so its differences are uncertain by a quarter of a nat. Here every context length predicts the same
-targets, so that how hard a token is cancels out. The interval is paired by document.
+The loss by position in the reports compares different targets. Here, every context length predicts the same
+targets, so their difficulty cancels out. The interval is paired by document.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from compactgpt.evaluation.likelihood import NeuralModel, target_nats
 from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.model.weights import load_model
 
-REFERENCE = 2  # tokens of context that the others are compared with
+REFERENCE = 2  # tokens of context; the other lengths are compared with this one
 
 
 def windows(split: TokenFile, length: int, longest: int, step: int) -> Iterator[Window]:
@@ -33,7 +32,7 @@ def windows(split: TokenFile, length: int, longest: int, step: int) -> Iterator[
 def sums(
     model: NeuralModel, split: TokenFile, length: int, longest: int, step: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Sum nats and count targets by document. (documents,), (documents,)."""
+    """Return the nats and the number of targets of each document, both (documents,)."""
     nats, targets = np.zeros(split.header.documents), np.zeros(split.header.documents)
     for window, losses in target_nats(model, windows(split, length, longest, step)):
         nats[window.document] += losses.sum()
@@ -50,10 +49,8 @@ def main() -> None:
     parser.add_argument("--split", type=Path, default=Path("data/tokens/val.tokens"))
     parser.add_argument("--step", type=int, default=8, help="tokens between two targets")
     options = parser.parse_args()
-    split, model = (
-        open_tokens(options.split),
-        as_neural_model(load_model(options.model, "cpu"), batch_size=64),
-    )
+    split = open_tokens(options.split)
+    model = as_neural_model(load_model(options.model, "cpu"), batch_size=64)
     lengths = [2**power for power in range(8) if 2**power <= model.block_size]
     by_length = {length: sums(model, split, length, lengths[-1], options.step) for length in lengths}
     reference, targets = by_length[REFERENCE]

@@ -1,10 +1,9 @@
-"""Likelihood of windows: ours next to transformers' usual loop, on one GPT-2 of 124M random weights.
+"""Compare our evaluation of windows with transformers' usual loop, on a GPT-2 of 124M random weights.
 
     python -m benchmarks.evaluation --windows 4 --rounds 3
 
-The usual loop (transformers, perplexity.md): `model(input_ids, labels=...).loss` of a batch, all its logits
-in memory. Both score the same windows in the same batches with the same weights, by turns, each in a process
-of its own that waits while the other works; memory is the process's peak while it scores. Linux only.
+Each way has its own process, and the two take turns: same windows, same batches, same weights.
+Memory is the peak of the process while it scores. Linux only.
 """
 
 import argparse
@@ -25,20 +24,20 @@ CONTEXT, VOCABULARY, BATCH_SIZE, SEED = 1024, 50257, 4, 7
 Windows = list["np.ndarray[Any, np.dtype[np.int64]]"]
 
 
-def shape() -> Any:
-    import transformers  # noqa: TID251
-
-    return transformers.GPT2Config()  # 124M
-
-
-def usual(windows: Windows) -> Callable[[], float]:
-    """Transformers' loop: a function that scores all windows once."""
-    import numpy as np
+def random_gpt2() -> Any:
     import torch
     import transformers  # noqa: TID251
 
     torch.manual_seed(SEED)
-    model = transformers.GPT2LMHeadModel(shape()).eval()
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+
+
+def usual(windows: Windows) -> Callable[[], float]:
+    """Return a function that scores all windows as transformers' perplexity.md does."""
+    import numpy as np
+    import torch
+
+    model = random_gpt2()
 
     def run() -> float:
         total = 0.0
@@ -52,10 +51,7 @@ def usual(windows: Windows) -> Callable[[], float]:
 
 
 def ours(windows: Windows) -> Callable[[], float]:
-    """Our way: a function that scores all windows once."""
-    import torch
-    import transformers  # noqa: TID251
-
+    """Return a function that scores all windows with our GPT."""
     from compactgpt.common.device import prepare_heap
     from compactgpt.data.token_files import Window
     from compactgpt.evaluation.compact import as_neural_model
@@ -63,12 +59,11 @@ def ours(windows: Windows) -> Callable[[], float]:
     from compactgpt.model.gpt import GPT
     from compactgpt.model.huggingface import from_hf_config, from_hf_state
 
-    torch.manual_seed(SEED)
-    theirs = transformers.GPT2LMHeadModel(shape())
+    theirs = random_gpt2()
     model = GPT(from_hf_config(theirs.config.to_dict(), "bench"))
     model.load_state_dict(from_hf_state(theirs.state_dict()))
     del theirs
-    ctypes.CDLL(None).malloc_trim(0)  # what the loading left must not count
+    ctypes.CDLL(None).malloc_trim(0)  # memory that loading left free must not count
     prepare_heap()
     neural = as_neural_model(model, BATCH_SIZE)
 
@@ -80,7 +75,7 @@ def ours(windows: Windows) -> Callable[[], float]:
 
 
 def serve(which: str, count: int) -> None:
-    """Score once for each line read, and print seconds, nats and peak memory."""
+    """For each line of standard input, score all windows, and print seconds, nats and peak memory in MB."""
     import numpy as np
     import torch
 
@@ -106,10 +101,9 @@ def main() -> None:
         serve(given.serve, given.windows)
         return
     command = [sys.executable, "-m", "benchmarks.evaluation", "--windows", str(given.windows), "--serve"]
+    pipe = subprocess.PIPE
     children = {
-        which: subprocess.Popen(
-            [*command, which], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        which: subprocess.Popen([*command, which], stdin=pipe, stdout=pipe, text=True, bufsize=1)
         for which in ("usual", "ours")
     }
     seconds: dict[str, list[float]] = {which: [] for which in children}

@@ -1,12 +1,10 @@
-"""How often 95 % intervals of loss and perplexity ratio contain the truth: five methods, simulated.
+"""Simulate how often 95 % intervals of a loss and of a perplexity ratio contain the truth, by five methods.
 
     python -m benchmarks.intervals --data data
 
-Each population is made from the measured documents of the val split. `as measured` draws their rows (tokens,
-nats of our model and of a baseline), with a random change of each document's losses. `long tail` multiplies
-their lengths by a log-normal factor: documents as they are before they are cut at
-`evaluation.likelihood.document_tokens`. The truth is the ratio of the sums of 400,000 documents. The method
-that the reports use, `t, jackknife`, is `metrics.ratio_interval`.
+Population `as measured`: documents of the val split, with a random change of their losses.
+Population `long tail`: the same, with lengths multiplied by a log-normal factor, as of uncut documents.
+The truth is the ratio of the sums of 400,000 documents. The reports use the method `t, jackknife`.
 """
 
 import argparse
@@ -34,7 +32,7 @@ def linearised(nats: Array, tokens: Array) -> tuple[Array, Array]:
 
 
 def intervals(nats: Array, tokens: Array, resamples: int, generator: np.random.Generator) -> dict[str, Array]:
-    """Return the interval of one sample by each method. (2,) each"""
+    """Return the interval of one sample by each method: name -> (low, high)."""
     n = len(nats)
     drawn = generator.integers(0, n, (resamples, n))
     ratios, errors = linearised(nats[drawn], tokens[drawn])
@@ -57,7 +55,7 @@ def intervals(nats: Array, tokens: Array, resamples: int, generator: np.random.G
 def draw(
     nats: Array, tokens: Array, tail: float, generator: np.random.Generator, documents: int
 ) -> tuple[Array, Array]:
-    """Return the nats and the tokens of random documents of a population. (documents,) each"""
+    """Return the nats and the tokens of random documents of a population, both (documents,)."""
     rows = generator.integers(0, len(tokens), documents)
     rates = nats / tokens
     rate = rates[rows] + CHANGE * rates.std() * generator.standard_normal(documents)
@@ -66,7 +64,7 @@ def draw(
 
 
 def main() -> None:
-    """Print the coverage of each method, and the documents that a narrow interval needs."""
+    """Print the coverage of each method, and how many documents a narrow interval needs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,11 @@
-"""How often the gate is wrong, both ways: what docs/decisions/15-gate.md quotes.
+"""Simulate how often the gate is wrong: it fails without a reason, or misses a worse model.
 
     python benchmarks/regression.py                              # the table of both errors
     python benchmarks/regression.py --noise results/seeds.json   # how runs differ, by document
 
-In each trial the gate compares two simulated runs, with the noise between runs estimated from eight other
-simulated runs. The documents have the lengths of the val split. A document's loss per
-token differs between two runs by a shift that all documents share, and by a part of its own: normal, with the
-variance OWN + TOKEN / tokens, as `--noise` finds it. The second view of the perplexity has the same shift,
-and parts that are correlated with those of the first. Accuracies change by chance only: a right answer is
-lost with the probability FLIPS, and as many wrong ones become right on average.
+In each trial the gate compares two simulated runs. It estimates the noise from eight others.
+A document's loss differs between two runs by a shift that all documents share, and by a part of its own.
+The own part is normal with the variance OWN + TOKEN / tokens, as `--noise` finds it.
 """
 
 import argparse
@@ -27,10 +24,10 @@ from compactgpt.config import Regression, load_params  # noqa: E402
 from compactgpt.forecast.sweep import read_sweep  # noqa: E402
 from compactgpt.gate.gate import Documents, Noise, Snapshot, run_gate  # noqa: E402
 
-RUNS = 8  # that the noise is estimated from
+RUNS = 8  # number of runs from which the noise is estimated
 OWN, TOKEN = 0.0053, 4.3  # variance between documents, found in results/seeds.json
 CORRELATION = 0.9  # of the documents' own parts in the two views
-FLIPS = 0.1
+FLIPS = 0.1  # probability that a right answer is lost by chance
 TASKS = {"cloze": (3, 50), "lambada_word": (150, 500)}  # right answers and items; the first can't fail
 
 
@@ -38,10 +35,10 @@ def trial(
     settings: Regression, tokens: np.ndarray, rise: float, deviation: float, uneven: float,
     generator: np.random.Generator,
 ) -> bool:  # fmt: skip
-    """Return whether the gate fails: the perplexity of the second of two runs is higher by the share `rise`.
+    """Return whether the gate fails for a run whose perplexity is higher by the share `rise`.
 
-    `tokens` are those of each document, `deviation` is the true standard deviation of a run's loss in nats
-    per token, and the documents change `uneven` times as unevenly as between two seeds.
+    `tokens`: (documents,). `deviation`: true standard deviation of a run's loss, nats per token.
+    `uneven`: 2 if documents change twice as unevenly as between two seeds.
     """
     share = tokens / tokens.sum()
     own = np.sqrt((OWN + TOKEN / tokens) / 2)  # of one run
@@ -111,7 +108,7 @@ def simulate(trials: int, documents: list[int]) -> None:
 
 
 def show_noise(path: Path) -> None:
-    """Print how the runs of a file differ: the shift that documents share, and each document's own part."""
+    """Print how much of the difference between runs all documents share, and how much is of each document."""
     sweep = read_sweep(path)
     if sweep is None or sweep.documents is None:
         raise SystemExit(f"{path} has no losses by document: compactgpt experiment run seeds")
@@ -124,7 +121,7 @@ def show_noise(path: Path) -> None:
     found = []
     for one, other in combinations(nats, 2):
         rest = (other - one) / tokens - (other - one).sum() / tokens.sum()
-        # the variance of rest is own + token / tokens: least squares, weighted by tokens
+        # The variance of `rest` is own + token / tokens: least squares, weighted by tokens.
         columns = np.stack([np.sqrt(tokens), 1 / np.sqrt(tokens)], 1)
         found.append(np.linalg.lstsq(columns, rest**2 * np.sqrt(tokens), rcond=None)[0])
     own, token = np.mean(found, 0)

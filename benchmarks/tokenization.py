@@ -1,19 +1,15 @@
-"""Tokenize one corpus nanoGPT's way and ours, in one go, and print what each took.
+"""Tokenize one corpus as nanoGPT does and as we do, and print the time and memory of each.
 
     python -m benchmarks.tokenization                      # 100 MB
     python -m benchmarks.tokenization --megabytes 1000
 
-nanoGPT's way is the recipe of its data/openwebtext/prepare.py, written again: the `datasets` library loads
-the documents into its cache, `map` encodes each with tiktoken in several processes, and the ids are copied
-into a memory-mapped file. Both start from the same parquet shards and are timed as whole processes.
-
-The corpus is made from data/documents: its documents again and again, their paragraphs shuffled, and one
-word in a hundred replaced by a new one, since real text never stops bringing words that no cache has met.
-CPU seconds are of all processes together: they say more than seconds where others use the machine too.
-Memory is what all processes of one way hold together (PSS, which counts a shared page once), at its peak.
+nanoGPT's way follows its data/openwebtext/prepare.py: `datasets.map` with tiktoken, then a mapped file.
+The corpus repeats data/documents with shuffled paragraphs. One word in a hundred is random: real text always
+brings words that are in no cache. CPU seconds and memory (PSS) are sums over the processes of a way.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -24,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +88,15 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> None:
     generator = random.Random(1)  # noqa: S311 (no secret)
     made = {"documents": 0, "bytes": 0}
 
-    def texts() -> Iterator[str]:
-        while made["bytes"] < wanted:
-            for group in groups:
-                for document in read_row_group(group):
-                    text = vary(document.text, generator)
-                    if made["bytes"] < wanted:
-                        made["bytes"] += len(text.encode())
-                        yield text
-
     def documents() -> Iterator[Document]:
-        for text in texts():
-            made["documents"] += 1
-            yield new_document(text, f"bench/{made['documents']}")
+        for group in itertools.cycle(groups):
+            for document in read_row_group(group):
+                text = vary(document.text, generator)
+                made["documents"] += 1
+                made["bytes"] += len(text.encode())
+                yield new_document(text, f"bench/{made['documents']}")
+                if made["bytes"] >= wanted:
+                    return
 
     with atomic_folder(folder, made, kind="documents") as temporary:
         list(write_shards(temporary, documents()))
@@ -119,7 +112,7 @@ def vary(text: str, generator: random.Random) -> str:
 
 
 def measure(way: str, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one way in a process of its own, and look at its memory ten times a second."""
+    """Run one way in its own process, and measure the memory ten times a second."""
     folder = scratch / way
     folder.mkdir()
     words = [
@@ -147,21 +140,18 @@ def measure(way: str, scratch: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def held(pid: int) -> int:
+    """Return the memory of a process and its children in bytes; a shared page counts once (PSS)."""
     total = 0
-    try:
+    with suppress(psutil.Error):  # a process may end at any time
         root = psutil.Process(pid)
         for each in [root, *root.children(recursive=True)]:
-            try:
+            with suppress(psutil.Error):
                 total += each.memory_full_info().pss
-            except psutil.Error:
-                continue
-    except psutil.Error:
-        return 0
     return total
 
 
 def finish(folder: Path) -> None:
-    """Leave what only this process knows: /proc counts what it and its dead children wrote."""
+    """Write result.json: only /proc of this process counts the bytes that its ended children wrote."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     seconds = time.time() - psutil.Process().create_time()
     result = {"seconds": seconds, "cpu": sum(os.times()[:4]), "written": int(fields["write_bytes"])}
@@ -212,7 +202,7 @@ def nanogpt(folder: Path, options: argparse.Namespace) -> None:
 
 
 def count_ids(folder: Path) -> list[int]:
-    """How often each id is in the files that one way has made."""
+    """Return how often each id is in the files that one way wrote."""
     counts = np.zeros(50257, np.int64)
     places = [(path, HEADER_BYTES) for path in folder.glob("tokens/*.tokens")]
     for path, start in places or [(path, 0) for path in folder.glob("*.bin")]:

@@ -1,4 +1,4 @@
-"""Compare the speed of training with that of nanoGPT's own code, on this machine, in one run.
+"""Compare the speed of training with that of nanoGPT's own code, on this machine.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/training.py --nanogpt nanoGPT                    # the demo's shape
@@ -6,9 +6,9 @@
     python benchmarks/training.py --nanogpt nanoGPT --to-loss --seeds 1 2 3 --json to-loss.json
     python benchmarks/training.py --nanogpt nanoGPT --device cuda      # the note's steps, on a GPU
 
-Each engine is a process of its own with the same number of threads, the same initial weights and the same
-tokens. Steps are paired: all engines make step 0, then all make step 1 in the opposite order, and so on.
-While one engine works the others wait. Quote the ratios: the machine may be shared.
+Each engine is a process. All have the same number of threads, the same initial weights and the same tokens.
+Steps are paired: all engines make step 0 in turn, then step 1 in the opposite order, and so on.
+Quote the ratios, because the machine may be shared.
 """
 
 import argparse
@@ -45,15 +45,15 @@ SMALL = {**ADAMW, "learning_rate": 1e-3, "embedding_learning_rate": 1e-3, "sched
          "warmup_steps": 100, "min_lr_ratio": 0.1}  # fmt: skip
 GPU = {**ADAMW, "dtype": "bfloat16", "compile": True}
 NOTE = {"block_size": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
-WARM_UP = 3  # steps that are not counted
+WARM_UP = 3  # first steps, which are not timed
 SECONDS = 180  # of nanoGPT's training in --to-loss
 FULL_SOFTMAX = "full-softmax"  # the experiment whose recipe --to-loss trains beside the one of params.yaml
-TURNS = 30  # in which the runs of --to-loss take the machine, one after the other
-GPU_UPDATES = 20  # that are timed together: a GPU works behind the program
+TURNS = 30  # number of turns into which each run of --to-loss is divided
+GPU_UPDATES = 20  # number of updates timed together, because a GPU works asynchronously
 
 
 def params_of(options: argparse.Namespace, training: dict[str, Any], model: dict[str, Any]) -> Params:
-    """Return params.yaml with a shape and a recipe; the sequences are a step's, unless the recipe says."""
+    """Return params.yaml with the shape and batch of the options; `training` and `model` change values."""
     params = load_params(ROOT / "params.yaml")
     shape = params.model.model_copy(update={**(NOTE if options.shape == "note" else {}), **model})
     budget = {
@@ -93,7 +93,7 @@ class Ours:
 class Products:
     """The matrix products of our step outside attention, and nothing else.
 
-    An engine that multiplies with the same library in the same precision can't be faster than this.
+    With the same library and precision, no engine can be faster.
     """
 
     def __init__(self, options: argparse.Namespace, params: Params) -> None:
@@ -112,7 +112,7 @@ class Products:
         self.calls = calls
 
     def steps(self, count: int) -> list[float]:
-        """Make the products of so many steps, whatever their tensors contain; no losses."""
+        """Make the products of `count` steps. Returns no losses."""
         import torch
 
         with torch.no_grad():
@@ -199,7 +199,7 @@ class NanoGPT:
 def work(
     pipe: Any, name: str, options: argparse.Namespace, training: dict[str, Any], model: dict[str, Any]
 ) -> None:
-    """Be one engine: answer the requests "step" and "val", until the pipe is closed."""
+    """Run one engine: answer the requests "step" and "val" until the pipe is closed."""
     params = params_of(options, training, model)
     kind = name.split("-")[0]
     os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
@@ -229,29 +229,19 @@ def work(
             pipe.send((seconds, losses, torch.cuda.max_memory_allocated() if on_gpu else peak))
 
 
-def validation(model: Any, splits: Any) -> dict[str, Any]:
-    """Return the loss over the val split by the full softmax, and by a target's position in its window."""
+def validation(model: Any, splits: Any) -> float:
+    """Return the loss over the val split by the full softmax, in nats per token."""
     import torch
 
     from compactgpt.data.token_files import evaluation_windows
     from compactgpt.training.loss_curve import window_nats
 
     model.eval()
-    by_position: dict[int, list[float]] = {}
+    nats: list[float] = []
     with torch.no_grad():
         for window in evaluation_windows(splits.val, model.shape.block_size):
-            for position, nats in enumerate(window_nats(model, [window]), start=1):
-                by_position.setdefault(position, []).append(nats)
-
-    def mean(first: int, last: int) -> float:
-        nats = [each for position in range(first, last + 1) for each in by_position.get(position, [])]
-        return math.fsum(nats) / len(nats)
-
-    return {
-        "val_loss": mean(1, max(by_position)),
-        "position_2": mean(2, 2),
-        "positions_33_to_64": mean(33, 64),
-    }
+            nats += window_nats(model, [window])
+    return math.fsum(nats) / len(nats)
 
 
 # --- the parent: whose turn it is --------------------------------------------------------------------------
@@ -268,40 +258,40 @@ class Worker:
         self.losses: list[float] = []
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        # A daemon: after an error of one engine, the others must not keep the program from ending.
+        # As a daemon, the process ends with the program, also after an error of another engine.
         arguments = (theirs, name, options, training, model)
         self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 
     def answer(self) -> Any:
-        """Wait for an answer."""
+        """Wait for the answer of the process."""
         try:
             return self.pipe.recv()
         except EOFError:
             sys.exit(f"{self.name} ended early, see above")
 
     def note_step(self) -> None:
-        """Wait for a step, and note its time."""
+        """Wait for a step, and store its time and losses."""
         seconds, losses, self.peak = self.answer()
         self.seconds.append(seconds)
         self.losses += losses
 
     def step(self) -> None:
-        """Ask for a step, and note its time."""
+        """Request a step, and store its time and losses."""
         self.pipe.send("step")
         self.note_step()
 
     def end(self) -> None:
-        """Let the process end."""
+        """End the process."""
         self.pipe.close()
         self.process.join()
 
 
 def make_paired_steps(workers: list[Worker], steps: int) -> None:
-    """Make paired steps in alternating order, and forget the times of the first; all compile at once."""
+    """Make paired steps in alternating order. The first step is made at once, because engines may compile."""
     for worker in workers:
-        worker.answer()  # that it is ready
+        worker.answer()  # the engine is ready
         worker.pipe.send("step")
     for worker in workers:
         worker.note_step()
@@ -313,16 +303,11 @@ def make_paired_steps(workers: list[Worker], steps: int) -> None:
 
 
 def engines_of(options: argparse.Namespace, params: Params) -> dict[str, dict[str, Any]]:
-    """Name the engines and their settings; the first is nanoGPT's, and the second ours with its recipe."""
-    if options.device == "cuda":  # the note's micro-batch is 16, nanoGPT is given ours as well
+    """Return engine -> settings. The first engine is nanoGPT, the second is ours with nanoGPT's recipe."""
+    if options.device == "cuda":  # the note's micro-batch is 16; each engine also runs with the other's
         own = {**GPU, "micro_batch_size": options.sequences}
         note = {**GPU, "micro_batch_size": 16}
-        return {
-            "nanogpt-compiled": note,
-            "ours": own,
-            "nanogpt-compiled-64": own,
-            "ours-16": note,
-        }
+        return {"nanogpt-compiled": note, "ours": own, "nanogpt-compiled-64": own, "ours-16": note}
     budget = {"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
     tuned = params.training.model_dump(exclude=budget)
     engines: dict[str, dict[str, Any]] = {"nanogpt": ADAMW, "ours": ADAMW, "ours-tuned": tuned}
@@ -358,12 +343,12 @@ def compare(options: argparse.Namespace) -> None:
         worker.end()
     worst = max(abs(a - b) for a, b in zip(base.losses[:5], ours.losses[:5], strict=True))
     print(f"largest difference of the first 5 losses, ours to nanoGPT's: {worst:.1e}")
-    if worst > (2e-2 if options.device == "cuda" else 1e-4):  # of bfloat16 and of float32
+    if worst > (2e-2 if options.device == "cuda" else 1e-4):  # the rounding of bfloat16 and of float32
         sys.exit("the losses differ: this compares two different computations")
 
 
 def compare_to_loss(options: argparse.Namespace) -> None:
-    """Train nanoGPT for SECONDS, ours for a share of it, and both recipes of ours whole, in turns."""
+    """For each seed, train nanoGPT for SECONDS, ours for a share of the time, and two of our recipes in full."""
     found = []
     for seed in options.seeds:
         found.append(train_to_loss(options, seed))
@@ -372,7 +357,7 @@ def compare_to_loss(options: argparse.Namespace) -> None:
 
 
 def train_to_loss(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Make all runs of one seed, each with its schedule to the end."""
+    """Make all runs of one seed in turns, and return their losses and times."""
 
     def recipe_of(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         params = parse_params(tree)
@@ -402,7 +387,7 @@ def train_to_loss(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         for name, training, model, count in planned
     ]
     for worker, _ in runs:
-        worker.answer()  # that it is ready
+        worker.answer()  # the engine is ready
     for turn in range(1, TURNS + 1):  # after every turn, all are at the same share of their steps
         for worker, count in runs[:: 1 if turn % 2 else -1]:
             while len(worker.losses) < round(count * turn / TURNS):
@@ -410,12 +395,11 @@ def train_to_loss(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {"seed": seed}
     for worker, count in runs:
         worker.pipe.send("val")
-        spent, val = sum(worker.seconds), worker.answer()
+        spent, loss = sum(worker.seconds), worker.answer()
         worker.end()
-        result[worker.name] = {"steps": count, "seconds": spent, "bytes": worker.peak, **val}
-        print(f"seed {seed} {worker.name:12} {count:5} steps, {spent:6.1f} s: val loss "
-              f"{val['val_loss']:.4f} nats per token, at position 2 {val['position_2']:.3f}, at 33 "
-              f"to 64 {val['positions_33_to_64']:.3f}; {worker.peak / 1e6:.0f} MB", flush=True)  # fmt: skip
+        result[worker.name] = {"steps": count, "seconds": spent, "bytes": worker.peak, "val_loss": loss}
+        print(f"seed {seed} {worker.name:12} {count:5} steps, {spent:6.1f} s: val loss {loss:.4f} nats per "
+              f"token; {worker.peak / 1e6:.0f} MB", flush=True)  # fmt: skip
     for name, base in (("ours-short", "nanogpt"), ("ours", "ours-before"))[: len(runs) // 2]:
         share = result[name]["seconds"] / result[base]["seconds"]
         gain = result[base]["val_loss"] - result[name]["val_loss"]

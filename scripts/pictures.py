@@ -1,7 +1,6 @@
 """Write the pictures of the documentation from the last run, while `make ui` runs: `make pictures`.
 
-docs/page.png is the top of reports/index.html; docs/page.txt has its figures, which a test compares with the
-reports. docs/mlflow.png has the charts that `make ui` opens.
+docs/page.png: the top of reports/index.html. docs/page.txt: its figures, for a test. docs/mlflow.png: charts.
 """
 
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from compactgpt.common.storage import read_json, write_text
 
 CHARTS = "http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=pipelines&compareRunsMode=CHART"
-# For root in a container. The pictures show only pages of this project.
+# Root in a container needs --no-sandbox. The pages are only those of this project.
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"]
 
 

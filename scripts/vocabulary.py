@@ -1,6 +1,6 @@
-"""Check that the project is written in plain English: no word of its old private vocabulary is left.
+"""Check that no file has a word of WORDS, the project's old private vocabulary.
 
-A line that quotes such a word ends with `wording: quoted`. Block quotes in Markdown are skipped.
+A line that quotes one of them ends with `wording: quoted`. Block quotes in Markdown are skipped.
 """
 
 import re
