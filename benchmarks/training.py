@@ -289,7 +289,7 @@ class Worker:
 
 
 def make_paired_steps(workers: list[Worker], steps: int) -> None:
-    """Make paired steps in alternating order. The first step is made at once, because engines may compile."""
+    """Make paired steps in alternating order. Step 0 is made by all engines at once: they may compile."""
     for worker in workers:
         worker.answer()  # the engine is ready
         worker.pipe.send("step")
@@ -348,7 +348,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def compare_to_loss(options: argparse.Namespace) -> None:
-    """For each seed, train nanoGPT for SECONDS, ours for a share of the time, and two of our recipes in full."""
+    """Make the runs of every seed, and write their losses and times to the file of --json."""
     found = []
     for seed in options.seeds:
         found.append(train_to_loss(options, seed))
@@ -357,7 +357,7 @@ def compare_to_loss(options: argparse.Namespace) -> None:
 
 
 def train_to_loss(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Make all runs of one seed in turns, and return their losses and times."""
+    """Train nanoGPT for SECONDS, ours for a share of the time, and two recipes of ours in full, in turns."""
 
     def recipe_of(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         params = parse_params(tree)
