@@ -7,7 +7,7 @@
     python benchmarks/training.py --nanogpt nanoGPT --device cuda      # the note's steps, on a GPU
 
 Each engine is a process. All have the same number of threads, the same initial weights and the same tokens.
-Steps are paired: all engines make step 0 in turn, then step 1 in the opposite order, and so on.
+Steps are paired: the engines take turns for each step, in alternating order.
 Quote the ratios, because the machine may be shared.
 """
 

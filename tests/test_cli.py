@@ -109,7 +109,7 @@ def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project)
     assert "no intervals" in single.stdout
     assert run("evaluate", "-", input="the cat").stdout == single.stdout
     (project / "long.txt").write_text("\n\n".join(["the cat sat " * 100] * 6))
-    assert run("evaluate", "long.txt").stdout.startswith("long.txt: cut by blank lines into 6 documents")
+    assert run("evaluate", "long.txt").stdout.startswith("long.txt: cut into 6 documents by blank lines")
     assert run("evaluate", "long.txt", "--whole").stdout.startswith("documents: 1;")
 
 

@@ -68,7 +68,7 @@ class Model:
 
     name: str
     language_model: LanguageModel
-    encoding: "tiktoken.Encoding"  # the project's tokenizer, whose tokens the losses are divided by
+    encoding: "tiktoken.Encoding"  # the project's tokenizer; losses are per token of this tokenizer
 
     @property
     def window(self) -> int:

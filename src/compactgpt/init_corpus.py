@@ -26,7 +26,7 @@ from compactgpt.data.validation import document_row
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
-SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read in a few seconds
+SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
 # Bytes of text per GPT-2 token. Measured: 3.1 to 5.3 for ASCII text;
 # 1.3 to 1.7 for Chinese, Thai and Russian.
 ASCII_BYTES_PER_TOKEN = 3.5
@@ -98,7 +98,7 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     change = partial(set_values, settings=settings)
     content, changes = edit_params(params_file, change, f"the proposed {params_file}")
     added = [words for words in additions if words]
-    messages += [f"dvc add {shlex.join(words)}: DVC watches text only in {FOLDER}/" for words in added]
+    messages += [f"dvc add {shlex.join(words)}: DVC tracks text only in {FOLDER}/" for words in added]
     return Plan(messages, added, changes, content)
 
 
@@ -176,7 +176,7 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
     for folder, name in files:
         for text, source, cut in read_file(folder, name, download):
             if sample.bytes >= SAMPLE_BYTES:
-                # Too low for compressed files, whose text is larger than the files.
+                # For compressed files, this size is too low: their text is larger.
                 size = sum((folder / name).stat().st_size for folder, name in files)
                 sample.scale = max(1.0, size / sample.bytes)
                 return sample
@@ -218,7 +218,7 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wide = ": few, so intervals will be wide" if val_documents < 20 else ""
     measured = f"about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}"
     return values | training | _evaluation(params, sample.tokens, val_documents), [
-        f"found {about}{documents:,} documents{f' by {cuts}' if cuts else ''}",
+        f"found {about}{documents:,} documents{f', cut by {cuts}' if cuts else ''}",
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
         f"held out for measurement (val, {split}): {measured}",
         time,

@@ -16,19 +16,17 @@ from typer.testing import CliRunner
 from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import read_json, write_json
-from compactgpt.config import load_params
 from compactgpt.evaluation.metrics import ratio_interval
-from compactgpt.evaluation.totals import Totals, write_totals
 from compactgpt.forecast.sweep import documents_sha256
 from compactgpt.gate import formats, gate, references
 from compactgpt.gate.gate import Check, Documents, Noise, Snapshot, Verdict
 from compactgpt.model.weights import save_model
 from compactgpt.tracking.mlflow_logger import sync
+from tests.support import comparison_inputs as inputs
 from tests.support import tracking_store
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
-ROOT = Path(__file__).parents[2]
-SETTINGS = load_params(ROOT / "params.yaml").regression.model_copy(
+SETTINGS = inputs.PARAMS.regression.model_copy(
     update={"tolerances": {"perplexity": 0.01, "accuracy.cloze": 0.02}}
 )
 NOISE = Noise(0.01, 7, "eight seeds")
@@ -197,18 +195,15 @@ def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
     assert new == Check("accuracy.cloze", "warn", "not in the reference", None, 0.5)
 
 
-def seeds_file(path, state, *, losses=(4.0, 4.03, 3.98), **changes):
-    """Write results/seeds.json for a state's recipe and documents."""
-    sizes = dict.fromkeys(("num_params", "num_params_non_embedding", "max_steps", "tokens_per_step"), 9)
-    run = {"group": "demo", "params": {}, "optimizer": "muon", **sizes}
-    runs = [{**run, "name": f"demo-{seed}", "seed": seed, "loss": loss} for seed, loss in enumerate(losses)]
+def seeds_file(path, state, losses=(4.0, 4.03, 3.98), **changes):
+    """Write results/seeds.json for a state's recipe and documents: shipped runs with other losses."""
+    shipped = read_json(inputs.ROOT / "results/seeds.json")
     tokens = state.documents.tokens.astype(int).tolist()
-    held = {"ids_sha256": documents_sha256(state.documents.ids, tokens), "tokens": tokens}
-    sweep = {
-        "corpus": {}, "settings": {"training.seed": 1}, "data_sha256": "a" * 64, "train_tokens": 9,
-        "val_tokens": 9, "documents": held | {"sources": [""] * len(tokens)}, "runs": runs, **changes,
-    }  # fmt: skip
-    write_json(path, sweep)
+    runs = [{**run, "loss": loss, "nats": []} for run, loss in zip(shipped["runs"], losses, strict=False)]
+    hashed = documents_sha256(state.documents.ids, tokens)
+    scored = {"ids_sha256": hashed, "tokens": tokens, "sources": [""] * len(tokens)}
+    made = {"documents": scored, "settings": {"training.seed": 1}, "runs": runs}
+    write_json(path, shipped | made | changes)
 
 
 def test_the_noise_is_that_of_the_seeds_or_an_assumption_that_the_verdict_names(tmp_path):
@@ -221,53 +216,34 @@ def test_the_noise_is_that_of_the_seeds_or_an_assumption_that_the_verdict_names(
         seeds_file(path, now, **changes)
         found = references.read_noise(path, now, state, SETTINGS)
         assert (found.deviation, found.degrees_of_freedom) == (SETTINGS.fallback_noise, math.inf)
-        assert f"results/seeds.json {missing}: the gate assumes 0.02 nats" in found.source
+        assert f"results/seeds.json {missing}: assumed noise 0.02 nats" in found.source
     seeds_file(path, now)
     other_recipe = snapshot(params={"training.seed": 2})  # it has the noise of the accepted recipe
     for pair in ((now, now), (other_recipe, now), (now, other_recipe)):
         found = references.read_noise(path, *pair, SETTINGS)
         assert (found.deviation, found.degrees_of_freedom) == (np.std([4.0, 4.03, 3.98], ddof=1), 2)
-        assert "deviation between 3 seeds is 0.0252 nats per token" in found.source
+        assert "deviation of 3 seeds is 0.0252 nats per token" in found.source
 
 
 # --- what is compared with ---------------------------------------------------------------------------------
 
 
-def project(folder, loss=4.0):
-    """A folder as `dvc repro` leaves it, as far as the gate looks."""
-    held = documents(loss=loss, spread=0.3)
-    tokens, nats = held.tokens.astype(np.int64), held.nats["perplexity"]
-    value = float(nats.sum() / tokens.sum())
-    write_totals(
-        folder / "data/evaluation/compact.parquet",
-        Totals(list(held.ids), tokens * 3, tokens, tokens, nats, None, {"strided": nats * 0.99}),
-    )
-    figure = {"value": value, "low": value, "high": value}
-    split = {"sha256": "a" * 64, "documents": 30, "tokens": 9, "bytes": 9}
-    model = {"kind": "compact", "context": "all", "num_params": 9}
-    rates = ("loss", "perplexity", "bits_per_byte")
-    evaluation = {
-        "model": model, "validation": split, "window": 8, "loss": figure, "bits_per_byte": figure,
-        "word_perplexity": None, "perplexity": {**figure, "value": math.exp(value)},
-        "views": {"strided": {"context": 8, "stride": 4, **dict.fromkeys(rates, figure)}},
-        "tasks": {"cloze": {"accuracy": figure, "items_sha256": "c", "hits": "10" * 9}, "wikitext": {}},
-        "text": {"statistics": {"greedy": {"loop_rate": figure}}},
-    }  # fmt: skip
-    write_json(folder / "reports/evaluation.json", evaluation)
-    write_json(folder / "reports/training.json", {"tokens": 9, "train_loss": value, "val_loss": value})
-    (folder / "reports/loss.csv").write_text("step,train_loss,val_loss\n1,5.0,\n2,4.0,4.1\n")
-    tokenizer = {"encoding": "gpt2", "tokenizer_sha256": "c" * 64}
-    hashes = {"train": {**split, "sha256": "b" * 64}, "val": split, "tokenizer": tokenizer}
-    write_json(folder / "reports/tokenization.json", hashes)
-    for name in load_params(ROOT / "params.yaml").baseline.names:
-        write_json(folder / f"reports/baseline/{name}.json", {**evaluation, "views": {}, "tasks": {}})
-    (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    return folder
+@pytest.fixture
+def place(tmp_path):
+    """A project folder as `dvc repro` leaves it."""
+    return inputs.make_place(tmp_path)
 
 
 @pytest.fixture
-def present(tmp_path):
-    return references.read_present(project(tmp_path))
+def present(place):
+    return references.read_present(place)
+
+
+def train_again(place, monkeypatch, loss):
+    """Write the reports and sums of another run."""
+    monkeypatch.setitem(inputs.LOSSES, "compact", loss)
+    inputs.write_score(place / "reports", place / "data", "compact")
+    inputs.add_measurements(place)
 
 
 def test_an_accepted_reference_is_read_back_as_it_was(tmp_path, present):
@@ -288,7 +264,7 @@ def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path,
         samples.append(references.read_accepted(tmp_path / "accepted.json"))
     assert set(samples[0].documents.ids) == set(samples[1].documents.ids)
     verdict = gate.run_gate(samples[1], present, SETTINGS, NOISE)
-    assert (verdict.failures, verdict.metrics[0].says) == ([], "10 documents of 30")
+    assert (verdict.failures, verdict.metrics[0].says) == ([], f"10 documents of {inputs.DOCUMENTS}")
 
 
 def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path, present):
@@ -313,13 +289,13 @@ def with_dvc(folder, locked, **stage):
     write_json(folder / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x", **stage}}})
 
 
-def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
+def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path, place, monkeypatch):
     outs = ["data/evaluation", "reports/evaluation.json", "reports/training.json"]
-    with_dvc(project(tmp_path), outs, outs=outs)
+    with_dvc(place, outs, outs=outs)
     (tmp_path / ".gitignore").write_text("/data/\n/.dvc/\n")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a run"]):
         tracking_store.git(tmp_path, *words)
-    project(tmp_path, loss=4.2)  # a later run, not committed
+    train_again(place, monkeypatch, inputs.LOSSES["compact"] + 0.2)  # a later run, not committed
     then, now = references.read_reference("HEAD", tmp_path), references.read_present(tmp_path)
     verdict = gate.run_gate(then, now, SETTINGS, NOISE)
     assert verdict.metrics[0].change == pytest.approx(math.exp(0.2) - 1)
@@ -338,7 +314,7 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
         references.read_reference("champion", tmp_path)
     with pytest.raises(MissingInput, match="models/compact"):
         references.promote(tmp_path)
-    project(tmp_path)
+    shutil.rmtree(inputs.make_place(tmp_path) / "models")
     encoding = save_tokenizer(tmp_path / "data/tokenizer")
     save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact")
     outs = ["data/evaluation", "data/tokenizer", "models/compact"]
@@ -351,7 +327,7 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     shutil.rmtree(tmp_path / "data")
     champion = references.read_reference("champion", tmp_path)
     assert champion.name == "champion, version 1"
-    assert len(champion.documents.ids) == 30
+    assert len(champion.documents.ids) == inputs.DOCUMENTS
 
 
 # --- what is said ------------------------------------------------------------------------------------------
@@ -393,8 +369,8 @@ def run(*words):
     return CliRunner().invoke(app, ["gate", *map(str, words)], catch_exceptions=False)
 
 
-def test_the_command_accepts_passes_and_fails(tmp_path, monkeypatch):
-    monkeypatch.chdir(project(tmp_path))
+def test_the_command_accepts_passes_and_fails(place, monkeypatch):
+    monkeypatch.chdir(place)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     assert run().exit_code == MissingInput.exit_code
     assert run("--accept", "the first").exit_code == 0
@@ -402,19 +378,19 @@ def test_the_command_accepts_passes_and_fails(tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "accepted because: the first" in done.output
     assert "gate: passed" in done.output
-    write_json(tmp_path / "bench.json", {"engines": {}})
+    write_json(Path("bench.json"), {"engines": {}})
     done = run("--bench", "bench.json")
     assert done.exit_code == BadData.exit_code
     assert "bench.json has no engines.ours.ratio" in done.output
-    Path("reports/training.json").unlink()
-    assert "reports/training.json is missing: run `dvc repro`" in run().output
-    project(tmp_path, loss=4.3)
+    train_again(place, monkeypatch, inputs.LOSSES["compact"] + 0.3)
     done = run("--markdown", "gate.md", "--junit", "gate.xml")
     assert done.exit_code == 3
-    assert "gate: failed (baseline." in done.output
+    assert "gate: failed (perplexity" in done.output
     assert "| ❌ | perplexity |" in Path("gate.md").read_text()
     done = run("--json")
     assert done.exit_code == 3
     verdict = json.loads(done.stdout)
     assert not verdict["passed"]
     assert "fail" in {check["status"] for check in verdict["metrics"]}
+    Path("reports/training.json").unlink()
+    assert "reports/training.json is missing: run `dvc repro`" in run().output

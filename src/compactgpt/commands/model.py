@@ -173,7 +173,7 @@ def _cut(text: str, name: str) -> tuple[list[str], str]:
     )
     pieces = list(split_text(io.BytesIO(text.encode()), name, auto, sys.maxsize))
     cut = pieces[0].cut if pieces else ""
-    message = f"{name}: cut by {cut} into {len(pieces):,} documents; --whole scores one document"
+    message = f"{name}: cut into {len(pieces):,} documents by {cut}; --whole scores one document"
     return [piece.text for piece in pieces], message if cut else ""
 
 

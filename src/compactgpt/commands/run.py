@@ -72,7 +72,7 @@ def init_corpus(
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine can run.
 
-    Prints the hardware, the MLflow store, the usable baselines, estimated times, and if the hub answers.
+    Prints hardware, MLflow store, usable baselines, estimated times, and whether the hub answers.
     Example: compactgpt doctor
     """
     from compactgpt.doctor import examine, format_report
@@ -171,7 +171,7 @@ def record_experiment(name: ExperimentName) -> None:
 
 @experiment.command("fit")
 def fit_experiment(name: ExperimentName = "ladder") -> None:
-    """Fit a scaling law to a sweep, and predict the loss of the run of params.yaml.
+    """Fit a scaling law to a sweep, and predict the loss of the configured run.
 
     Also writes the law to results/NAME.json.
     Example: compactgpt experiment fit ladder

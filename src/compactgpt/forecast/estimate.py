@@ -201,7 +201,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     unknown = f"unknown until the pipeline has read the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
-    counted = "with attention, and with the sampled part of the output layer only"
+    counted = "with attention; of the output layer only the sampled part"
     yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
@@ -229,13 +229,13 @@ def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     verdict = "too narrow" if low < 0.8 * of or high < 0.95 * of else "wide enough"
     yield "loss expected", "nats per token"
     yield from _interval_rows("the fixed rule", found["expected_loss"])
-    yield "", f"      checked on {of} measured runs, each predicted from the others: these intervals are"
-    yield "", f"      {verdict}. The 80 % interval contained {low} of {of}, the 95 % interval {high} of {of}"
+    yield "", f"      checked on {of} measured runs, each predicted from the others: the 80 % interval"
+    yield "", f"      contained {low} of {of}, the 95 % interval {high}, so these intervals are {verdict}"
     yield from _interval_rows("the fixed rule, calibrated", found["calibrated_loss"])
     if sweep and sweep["expected_loss"]:
         yield from _interval_rows("the law of our sweep", sweep["expected_loss"])
     elif sweep:
-        yield "  the law of our sweep", f"does not apply here: other {', '.join(sweep['differs'])}"
+        yield "  the law of our sweep", f"does not apply: the sweep has another {', '.join(sweep['differs'])}"
 
 
 def _interval_rows(name: str, loss: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -56,7 +56,7 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 
 
 def kaplan_loss(run: Run) -> float:
-    """Return the loss L = (Nc / N)^aN + (Sc / Smin)^aS (Kaplan et al. 2020, equations 1.4 and 1.6)."""
+    """Return (Nc / N)^aN + (Sc / S)^aS for N parameters and S steps (Kaplan et al. 2020, 1.4 and 1.6)."""
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
     loss: float = size_term + 1
@@ -68,7 +68,7 @@ def kaplan_loss(run: Run) -> float:
 
 
 def _hoffmann(name: str, source: str, constants: Mapping[str, float]) -> Law:
-    """Return a law with the formula E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, equation 2)."""
+    """Return the law E + A / N^alpha + B / D^beta: N parameters, D tokens (Hoffmann et al. 2022, eq. 2)."""
     c = constants
     return Law(
         name,

@@ -201,7 +201,7 @@ def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
     quantiles = np.quantile(losses, list(shares.values()))
     return ExpectedLoss(
         **{name: _rounded(value, 6) for name, value in zip(shares, quantiles, strict=True)},
-        basis=f"{form.formula}, fitted to a ladder of small runs on the same text",
+        basis=f"{form.formula}, fitted to a sweep of small runs on the same text",
     )
 
 
@@ -246,7 +246,7 @@ def recipe(params: Params) -> dict[str, Any]:
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     """Return the section `ladder` of reports/estimate.json.
 
-    `expected_loss` is null if text or settings differ from the sweep's; `differs` names them.
+    `expected_loss` is null if text or settings differ from the sweep's; `differs` names the differences.
     """
     fit, run = sweep.fit, run_of(params.model, params.training)
     if fit is None:

@@ -35,7 +35,7 @@ class Noise:
     source: str  # a sentence for the verdict: where the deviation comes from
 
     def quantile(self, level: float) -> float:
-        """Return the difference of two losses that chance exceeds with the probability `level`."""
+        """Return the difference of loss that two runs exceed by chance with the probability `level`."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
@@ -94,7 +94,7 @@ class Verdict:
 
     against: str  # name of the accepted version
     reason: str  # why a person accepted this version
-    guards: list[Check] = field(default_factory=list)  # checks of what the metrics depend on
+    guards: list[Check] = field(default_factory=list)  # checks that come before the metrics
     metrics: list[Check] = field(default_factory=list)
     watched: list[Check] = field(default_factory=list)  # rows that are only shown: they can't fail
     # Rows of reports/loss.csv of the new version: `step`, `train_loss` and `val_loss`.
@@ -187,7 +187,7 @@ def _check_baselines(
 ) -> Iterator[Check]:
     """Yield a check for each baseline whose loss changed; if there is none, one passed check.
 
-    The check fails, but only warns if `explained`: changed parameters or data can be the reason.
+    A changed loss is a failure, or a warning if `explained`: parameters or data changed, too.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -271,7 +271,7 @@ def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, 
 
 
 def decide(change: Interval, tolerance: float) -> Status:
-    """Return `fail` if the change is above its tolerance and its interval above 0; `warn` if only one is."""
+    """Return `fail` if the change is above the tolerance and surely above 0; `warn` if only one is true."""
     beyond, sure = change.value > tolerance, change.low > 0
     return "fail" if beyond and sure else "warn" if beyond or sure else "pass"
 

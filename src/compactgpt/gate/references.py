@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed
 from compactgpt.common.git import require_repository
@@ -37,6 +38,7 @@ from compactgpt.tracking.journal import flatten, tracking_store
 SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
+_UNCHANGED = ("fingerprint", "data", "params", "figures", "baselines", "tasks")  # in an accepted reference
 _SAME_SUM = 1e-9  # nats per token; adding the losses in another order changes the result by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
@@ -50,6 +52,7 @@ class _Rows(Section):
 class _Reference(Section):
     """The JSON file of an accepted reference. Most keys are fields of `Snapshot`."""
 
+    model_config = ConfigDict(populate_by_name=True)
     version: Literal[1] = 1
     accepted: str  # `Snapshot.reason`
     baselines: dict[str, float]
@@ -57,7 +60,7 @@ class _Reference(Section):
     documents: _Rows
     figures: dict[str, float]
     params: dict[str, Any]
-    ruler: dict[str, Any]  # `Snapshot.fingerprint`; wording: quoted
+    fingerprint: dict[str, Any] = Field(alias="ruler")  # wording: quoted
     tasks: dict[str, dict[str, str]]
 
 
@@ -94,10 +97,10 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
     else:
         losses = [run.loss for run in sweep.runs]
         deviation = statistics.stdev(losses)
-        says = f"the deviation between {len(losses)} seeds is {deviation:.4f} nats per token ({SEEDS})"
+        says = f"the standard deviation of {len(losses)} seeds is {deviation:.4f} nats per token ({SEEDS})"
         return Noise(deviation, len(losses) - 1, says)
     assumed = settings.fallback_noise
-    says = f"{SEEDS} {problem}: the gate assumes {assumed} nats per token (regression.fallback_noise)"
+    says = f"{SEEDS} {problem}: assumed noise {assumed} nats per token (regression.fallback_noise)"
     return Noise(assumed, math.inf, f"{says}; to measure the noise, run `compactgpt experiment run seeds`")
 
 
@@ -222,14 +225,12 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
     metrics = sorted(documents.nats)
     columns = [documents.tokens.astype(int).tolist(), *(documents.nats[key].tolist() for key in metrics)]
     rows = [" ".join(map(str, row)) for row in zip(documents.ids, *columns, strict=True)]
-    reference = {
-        "version": 1,
-        "accepted": reason.strip(),
-        "ruler": snapshot.fingerprint,  # wording: quoted
-        "documents": {"columns": ["id", "tokens", *metrics], "of": documents.of, "rows": rows},
-    }
-    unchanged = ("baselines", "data", "figures", "params", "tasks")
-    write_json(path, reference | {key: getattr(snapshot, key) for key in unchanged})
+    reference = _Reference(
+        accepted=reason.strip(),
+        documents=_Rows(columns=("id", "tokens", *metrics), of=documents.of, rows=tuple(rows)),
+        **{key: getattr(snapshot, key) for key in _UNCHANGED},
+    )
+    write_json(path, reference.model_dump(by_alias=True))
 
 
 def read_accepted(path: Path) -> Snapshot:
@@ -246,10 +247,8 @@ def read_accepted(path: Path) -> Snapshot:
         advice = f"restore it with `git checkout {path}`"
         raise BadData(f"{path} is not a valid reference ({error}): {advice}") from error
     documents = Documents(tuple(row[0] for row in rows), tokens, columns, reference.documents.of)
-    return Snapshot(
-        str(path), reference.ruler, reference.data, reference.params, reference.figures,  # wording: quoted
-        reference.baselines, reference.tasks, documents, reference.accepted,
-    )  # fmt: skip
+    unchanged = {key: getattr(reference, key) for key in _UNCHANGED}
+    return Snapshot(str(path), documents=documents, reason=reference.accepted, **unchanged)
 
 
 def promote(root: Path, reason: str = "") -> str:
