@@ -79,10 +79,8 @@ def test_a_score_is_what_the_pipeline_measures(model, tmp_path, documents):
 
 def test_the_window_fits_the_model_and_the_defaults_are_those_of_params_yaml(model):
     assert model.score("the cat " * 20).window == 16
-    text, defaults = (
-        load_params(ROOT / "params.yaml").evaluation.text,
-        inspect.signature(model.stream).parameters,
-    )
+    text = load_params(ROOT / "params.yaml").evaluation.text
+    defaults = inspect.signature(model.stream).parameters
     for name in ("temperature", "top_k", "seed"):
         assert defaults[name].default == getattr(text, name)
 

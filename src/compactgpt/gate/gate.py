@@ -73,6 +73,10 @@ class Snapshot:
     documents: Documents
     reason: str = ""  # why a person accepted this version as the reference
 
+    def measured(self) -> set[str]:
+        """Return the names of the metrics that the gate can compare."""
+        return {*self.documents.nats, *(f"accuracy.{task}" for task in self.tasks)}
+
 
 @dataclass(frozen=True)
 class Check:
@@ -202,20 +206,16 @@ def _check_baselines(
 
 def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: Noise) -> Iterator[Check]:
     """Yield a check for each metric that has a tolerance."""
-
-    def measured(snapshot: Snapshot, metric: str) -> bool:
-        kind, _, task = metric.partition(".")
-        return task in snapshot.tasks if kind == "accuracy" else metric in snapshot.documents.nats
-
-    known = [name for name in settings.tolerances if measured(then, name) or measured(now, name)]
-    both = [name for name in known if measured(then, name) and measured(now, name)]
+    old, new = then.measured(), now.measured()
+    known = [name for name in settings.tolerances if name in old | new]
+    both = [name for name in known if name in old & new]
     hits = {name: then.tasks[name.partition(".")[2]]["hits"] for name in both if name.startswith("accuracy.")}
     gated, level = choose_accuracies(hits, settings, has_perplexity=len(hits) < len(both))
     for name in known:
         before, after = then.figures.get(name), now.figures.get(name)
-        if not measured(now, name):
+        if name not in new:
             yield Check(name, "fail", "no longer measured", before)
-        elif not measured(then, name):
+        elif name not in old:
             yield Check(name, "warn", "not in the reference", None, after)
         elif name in gated:
             yield _check_accuracy(then, now, name, settings.tolerances[name], level)
