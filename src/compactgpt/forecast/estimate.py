@@ -206,7 +206,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
     yield "  kept for the backward pass", f"{memory['activations']} of one micro-batch"
-    yield "  logits of one micro-batch", f"{memory['logits_if_held_at_once']}  (only a part at a time)"
+    yield "  logits, all of one micro-batch", f"{memory['logits_if_held_at_once']}  (only a part is kept)"
     yield "time", ""
     for name, minutes in found["minutes"].items():
         machine = settings.machines[name]
