@@ -1,6 +1,6 @@
 """Load the baselines of params.yaml: n-gram models, compressors and transformers models.
 
-All models score the same text. A model with another tokenizer reads it in its own tokens (see `OwnTokens`).
+A model whose tokenizer is not GPT-2's scores the same text, cut by `OwnTokens`.
 """
 
 import inspect
@@ -60,9 +60,8 @@ def load_baseline(
 ) -> LanguageModel:
     """Load the baseline called `name` in params.yaml.
 
-    `train` is the train split's token file. `state` is the folder for downloaded weights.
-    Raises BadConfig if the name is unknown, or if the model can't be measured.
-    Raises MissingInput, BadData or Unreachable if a file of the model can't be read.
+    `train` is the train split's token file, and `state` the folder for downloaded files.
+    Raises BadConfig for an unknown name.
     """
     specs = params.baseline.specs
     if name not in specs:
@@ -197,10 +196,9 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """Cut documents into windows for a model that does not have GPT-2's tokenizer.
+    """Cut documents into windows for a model whose tokenizer is not GPT-2's.
 
-    Each window has the same text as a window of GPT-2 tokens. The model's tokenizer encodes each window
-    separately. The start token, or the last token of the previous window, precedes a window.
+    Each window has the text of a window of GPT-2 tokens, and is encoded separately.
     """
 
     codec: Codec
@@ -209,7 +207,7 @@ class OwnTokens:
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
         """Yield windows that each cover as much text as `window` GPT-2 tokens."""
         for document in range(split.header.documents):
-            before = self.codec.first_token
+            before = self.codec.first_token  # later: the last token of the previous window
             for span in text_spans(split, self.encoding, document, window):
                 stream = np.array([before, *self._encode(split, document, span)], np.int64)
                 yield Window(document, stream[:-1], stream[1:])
@@ -233,9 +231,9 @@ class OwnTokens:
 
 
 def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
-    """Return a document's text in pieces that have `window` tokens of `encoding`.
+    """Return a document's text in pieces of `window` tokens of `encoding`.
 
-    If a piece ends inside a character, it gets the complete character. No piece is empty.
+    A piece that would end inside a character gets the complete character. No piece is empty.
     """
     text = document_text(split, encoding, document)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
@@ -250,10 +248,8 @@ def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, w
 
 
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
-    """Return whether the tokenizer and `encoding` have the same tokens, except end-of-text.
-
-    The id of a GPT-2 token is the index of its merge, so equal ids mean equal merges.
-    """
+    """Return whether the tokenizer and `encoding` have the same tokens, except end-of-text."""
+    # Merges need no comparison: the id of a GPT-2 token is the index of its merge.
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
     expected = {
         "".join(characters[byte] for byte in encoding.decode_single_token_bytes(rank)): rank
@@ -265,15 +261,12 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 
 
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
-    """Return end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`.
-
-    In a chat model, the BOS token often begins a message, not a document. With this token, the loss of
-    SmolLM2-135M-Instruct on the first 128 tokens of a document is 20 nats higher in total.
-    Raises ValueError if there is none of them.
-    """
+    """Return end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`."""
+    # End-of-text is first, because BOS begins a message in a chat model, not a document.
+    # With BOS, SmolLM2-135M-Instruct has 20 nats more on a document's first 128 tokens.
     first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
-        raise ValueError("its tokenizer has neither a BOS nor an EOS token")
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token")
     return first_token
 
 
@@ -281,9 +274,9 @@ def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_tok
 
 
 def read_folder(folder: Path) -> LoadedModel:
-    """Load a model in Hugging Face format with safetensors weights. No code from the folder runs.
+    """Load a model in Hugging Face format. No code from the folder runs.
 
-    Raises MissingInput if a file is missing, and BadData if the model can't be loaded.
+    Raises MissingInput for a missing file, and BadData if the model can't be loaded.
     """
     check_files(folder)
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
@@ -297,7 +290,7 @@ def read_folder(folder: Path) -> LoadedModel:
 def read_gguf(path: Path) -> LoadedModel:
     """Load a GGUF file with the Llama architecture and SmolLM's tokenizer, in float32.
 
-    Raises BadConfig for another architecture or tokenizer, and BadData if the model can't be loaded.
+    Raises BadConfig for another kind of model, and BadData for a damaged file.
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers
@@ -339,7 +332,7 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
         folder, dtype="float32", output_loading_info=True, **options
     )
     if missing := sorted(loading["missing_keys"]):  # transformers would give these weights random values
-        raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
+        raise ValueError(f"the weight files lack {', '.join(missing[:5])}")
     first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     plain = tokenizer.backend_tokenizer
     plain.encode_special_tokens = True  # a document may contain the name of a special token as text
@@ -349,7 +342,7 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
 
 
 def _check_depth(folder: Path) -> None:
-    # If config.json has too many layers, transformers fills the memory: it builds all layers first.
+    """Raise ValueError if config.json has more layers than the weight files have tensors."""
     from safetensors import safe_open
     from transformers import AutoConfig
 
@@ -358,6 +351,7 @@ def _check_depth(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "numpy") as file:
             tensors += len(file.keys())
+    # transformers builds all layers before it reads the weights: too many layers fill the memory.
     if layers > tensors:
         raise ValueError(
             f"config.json has {layers:,} layers, but the weight files have only {tensors:,} tensors"

@@ -1,7 +1,6 @@
 """Convert our GPT to a `NeuralModel`, which evaluation can score.
 
-Shapes: B texts, T tokens of one call, S tokens of all calls, C channels, nh heads, hs channels per head,
-V tokens of the vocabulary.
+Shapes: B texts, T new tokens, S tokens so far, C channels, nh heads of hs channels.
 """
 
 from collections.abc import Iterable
@@ -34,7 +33,7 @@ def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | N
 class CachedReader:
     """Run our GPT step by step with a cache of keys and values.
 
-    Short texts are padded on the left. No token of a text attends to padding.
+    Short texts have padding on the left, which their tokens do not attend to.
     """
 
     def __init__(self, model: GPT, padding: Tensor) -> None:

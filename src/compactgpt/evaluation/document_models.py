@@ -58,10 +58,9 @@ def make_ngram(spec: config.Ngram, train: TokenFile) -> DocumentModel:
 def make_compressor(
     spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
 ) -> DocumentModel:
-    """Return a model that scores a document by its compressed size.
+    """Return a model that gives a document 8 ln 2 nats for each compressed byte.
 
-    A document has ln 2 x 8 x (compressed bytes) nats. The compressor's dictionary is the first
-    `train_megabytes` MB of the train split.
+    The dictionary of zstd is the first `train_megabytes` MB of the train split.
     """
     context = "the document before"
     if spec.train_megabytes:
@@ -103,37 +102,26 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
     return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=settings).compress
 
 
-# --- n-grams
+# --- n-grams: Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling
 
 
 @dataclass(frozen=True)
 class _Order:
-    """All n-grams of one length. The id of an n-gram is its index in `keys`."""
+    """All K n-grams of one length. The id of an n-gram is its index in `keys`."""
 
     # The key of an n-gram is (id of its context) * V + (its last token).
     # The context of an n-gram is the n-gram without its last token.
     keys: Ids  # (K,), in ascending order
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
-    backoff: Floats  # (contexts,), backoff(c) of each context c (see `NgramModel`); 1 if no token follows c
+    backoff: Floats  # (contexts,), the discounts of a context / its total count; 1 for a total of 0
 
 
 @dataclass(frozen=True)
 class NgramModel:
     """An n-gram model with interpolated modified Kneser-Ney smoothing.
 
-    The source is Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling,
-    section 3. Let `c` be the tokens before a token `w`, and `c'` the same tokens without the first one:
-
-        p(w | c) = (count(c w) - D(count(c w))) / total(c) + backoff(c) p(w | c')
-
-    - D: one of three discounts, for counts of 1, 2 and at least 3.
-    - total(c): the sum of count(c w) over all tokens w.
-    - backoff(c): the sum of D(count(c w)) over all tokens w, divided by total(c).
-
-    If c is empty, p(w | c') is 1 / V. End-of-text is put before and after each document. No n-gram has
-    tokens of two documents.
-
-    Shapes: V tokens of the vocabulary, N positions of the train split, K different n-grams of one order.
+    p(w | c) = weight(c w) + backoff(c) p(w | c'), and c' is the context c without its first token.
+    For an empty context, p(w | c') is 1 / V.
     """
 
     unigrams: Floats  # (V,), the probability of each token without context
@@ -166,14 +154,11 @@ class NgramModel:
 
 
 def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
-    """Train an n-gram model on the first documents of a split, up to `max_tokens` tokens.
-
-    The count of an n-gram of the highest order is its number of occurrences. The count of a shorter n-gram
-    is the number of different tokens that occur before it.
-    """
+    """Train an n-gram model on the first documents of a split, up to `max_tokens` tokens."""
     V = train.header.vocab_size
     documents = max(1, int(np.searchsorted(train.offsets, max_tokens, side="right")) - 1)
     offsets = train.offsets[: documents + 1]
+    # End-of-text precedes and follows each document.
     end_of_text = np.array([train.header.eot_token], np.int64)
     stream = np.concatenate([end_of_text, train.tokens[: offsets[-1]]]).astype(np.int64)  # (N + 1,)
     # The position of each token in its document. The first position is 1.
@@ -181,7 +166,7 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     ids = stream  # the id of the n-gram that ends at each position
     sizes = [V]  # the number of different n-grams of each order
     # For each order, three arrays, (K,): keys, numbers of occurrences, and ids of suffixes.
-    # The suffix of an n-gram is the n-gram without its first token.
+    # A suffix is the n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
         # An n-gram may begin with the end-of-text before its document, but not earlier.
@@ -200,8 +185,9 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     orders = []
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
-            # An n-gram that begins with end-of-text has no token before it, and keeps its count.
+            # The count of a shorter n-gram is the number of different tokens before it.
             before = np.bincount(found[place + 1][2], minlength=len(keys))
+            # An n-gram that begins with end-of-text has no token before it: it counts its occurrences.
             counts[before > 0] = before[before > 0]
         orders.append(_Order(keys, *_discount(counts, keys // V, sizes[place])))
     weights, backoff = _discount(np.bincount(found[0][2], minlength=V), np.zeros(V, np.int64), 1)

@@ -1,7 +1,5 @@
 """Generate text with a neural model by greedy decoding, top-k sampling and nucleus sampling.
 
-The prompts are those of params.yaml and the beginnings of val documents. Generated text is compared with the
-human text that follows in the val document.
 Shapes: B continuations, T tokens, C channels, V tokens of the vocabulary.
 """
 
@@ -49,8 +47,7 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
     """Return the probabilities of nucleus sampling (Holtzman et al. 2020), (V,).
 
-    They are 0 outside of the nucleus. The nucleus is the smallest set of tokens whose probabilities sum
-    to at least `top_p`.
+    Only the nucleus, the smallest set of tokens whose probabilities sum to `top_p`, is above 0.
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
@@ -110,10 +107,9 @@ def generate_tokens(
     max_new_tokens: int,
     end: int,
 ) -> Iterator[list[int | None]]:
-    """Continue all prompts in one batch.
+    """Yield the next token of every text at each step, or None after a text's token `end`.
 
-    Each step yields the next token of every text, or None for a text that has ended. A text ends with the
-    token `end`, or after `max_new_tokens` tokens.
+    All prompts run in one batch.
     """
     import torch
 
@@ -159,10 +155,8 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
 def choose_prompts(
     text: Text, split: TokenFile, encoding: "tiktoken.Encoding"
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Return the prompts, and the tokens of the human text after each document's beginning.
+    """Return the prompts, and the tokens of the human text after each prompt from a document.
 
-    The keys of a prompt are `prompt`, its text, and `document`, the id of its document. The prompts of
-    params.yaml come first; their `document` is None.
     Raises BadConfig if fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens
@@ -173,6 +167,7 @@ def choose_prompts(
             "lower evaluation.text.prompt_tokens or max_new_tokens"
         )
     chosen = np.linspace(0, len(long_enough) - 1, min(text.documents, len(long_enough))).astype(int)
+    # The prompts of params.yaml are from no document.
     samples: list[dict[str, Any]] = [{"prompt": prompt, "document": None} for prompt in text.prompts]
     human = []
     for document in long_enough[chosen].tolist():
@@ -192,8 +187,7 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    The statistics compare the continuations of documents with human text of the same length.
-    Raises BadConfig if fewer than two documents are long enough.
+    Its statistics compare continuations of documents with human text of the same length.
     """
     samples, human = choose_prompts(text, split, encoding)
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]

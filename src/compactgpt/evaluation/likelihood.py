@@ -1,9 +1,6 @@
 """Score a language model on the val split, and report its per-document losses.
 
-Documents are cut into windows. Every token of a document is scored exactly once, and end-of-text never.
-One token precedes each window: end-of-text, or the last token of the previous window.
-Shapes: B windows, T tokens of the longest window, C channels, V tokens of the vocabulary, N targets (scored
-tokens).
+Shapes: B windows, T tokens, C channels, V tokens of the vocabulary, N targets (scored tokens).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,10 +53,9 @@ class DocumentScores:
 
 
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
-    """Cut streams into overlapping windows of at most `context` tokens.
+    """Cut streams into windows of at most `context` tokens that end `stride` tokens apart.
 
-    Each window ends `stride` tokens after the previous window. Every token of a stream except the first is a
-    target exactly once. The source is perplexity.md in transformers' documentation.
+    Every token after the start token is a target once, as in perplexity.md of transformers.
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -92,7 +88,7 @@ class NeuralModel:
     streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
     codec: Codec | None = None  # None: the model can't run tasks or generate text
     # `decoder` maps the number of padding tokens on the left of each text, (B,), to a `Step`.
-    # Without a decoder, generation reads each text again for every new token.
+    # None: generation has no cache.
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
@@ -104,7 +100,7 @@ class NeuralModel:
     ) -> DocumentScores:
         """Return the per-document losses in windows of the model's own context.
 
-        The windows of the view `own` do not overlap, and those of `strided` overlap.
+        The windows of the view `strided` overlap, and those of the view `own` do not.
         """
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
@@ -166,7 +162,7 @@ LanguageModel = NeuralModel | DocumentModel
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the nats of its targets, (targets,), in another order."""
+    """Yield each of `windows`, in another order, with the nats of its targets, (targets,)."""
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -180,7 +176,7 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the scores of its targets, (targets, ...), in another order.
+    """Yield each of `windows`, in another order, with the scores of its targets, (targets, ...).
 
     Raises BadConfig if a window is longer than the model's context.
     """
@@ -232,9 +228,9 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
 
 
 def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
-    """Return a token file in memory with other documents than `split`.
+    """Return a token file in memory that has the tokenizer of `split` and other documents.
 
-    Each of `rows` is the id of a document, its length in bytes, and its tokens.
+    A row has a document's id, length in bytes and tokens.
     """
     tokenizer = split.header.model_dump(include={"vocab_size", "eot_token", "tokenizer_sha256"})
     return pack_documents(split.path, rows, **tokenizer)
@@ -247,10 +243,11 @@ def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
 
 
 def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
-    """Return the first `document_tokens` tokens of each document, which are scored.
+    """Return a split with the first `document_tokens` tokens of each document.
 
-    A very long document would dominate the metrics. No document ends inside a UTF-8 character.
+    No document ends inside a UTF-8 character.
     """
+    # A very long document would dominate the metrics.
     limit = likelihood.document_tokens
     if limit is None:
         return split
@@ -287,8 +284,7 @@ def evaluate(
 ) -> Totals:
     """Return a model's per-document losses on a split.
 
-    Raises BadData if the split has no token to score, or has another encoding.
-    Raises NotFinite if a loss is infinite or NaN.
+    Raises BadData for an empty split or another encoding, and NotFinite for an infinite or NaN loss.
     """
     tokens = np.diff(split.offsets) - 1
     if not tokens.sum():

@@ -1,7 +1,6 @@
 """Compute perplexity, bits per byte, confidence intervals and tests.
 
-A mean is a sum over all documents divided by their total number of tokens, words or bytes.
-Perplexity is defined as in EleutherAI's lm-evaluation-harness, bits per byte as in nanochat's loss_eval.py.
+A mean is a sum over all documents, divided by their number of tokens, words or bytes.
 """
 
 import math
@@ -32,7 +31,7 @@ class Interval:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Return exp(nats per token); infinite if the result is too large for a float."""
+    """Return exp(nats per token), as lm-evaluation-harness does; infinite if too large for a float."""
     try:
         return math.exp(nats_per_token)
     except OverflowError:
@@ -70,7 +69,7 @@ def t_quantile(probability: float, degrees: float) -> float:
 def mcnemar(only_one: int, only_other: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (1947) that two accuracies are equal.
 
-    `only_one` and `only_other` are the numbers of items that only one model answers correctly.
+    The arguments count the items that only one of the two models answers correctly.
     """
     fewer, more = sorted((only_one, only_other))
     return min(1.0, 2 * mcnemar_one_sided(more, fewer))
@@ -79,18 +78,18 @@ def mcnemar(only_one: int, only_other: int) -> float:
 def mcnemar_one_sided(lost: int, won: int) -> float:
     """Return the one-sided p-value of McNemar's exact test (1947) that the accuracy did not fall.
 
-    Only the old model answers `lost` items correctly. Only the new model answers `won` items correctly.
+    Only the old model answers `lost` items correctly, and only the new model `won` items.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)
 
 
 def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 0.95) -> Interval:
-    """Return sum(numerator) / sum(denominator) with its jackknife interval; arrays are (documents,).
+    """Return sum(numerator) / sum(denominator), both (documents,), with its jackknife interval.
 
-    In simulations, it contains the true ratio more often than bootstrap intervals (benchmarks/intervals.py).
     For one document, the limits are equal to the ratio.
     """
+    # In simulations, a bootstrap's interval contains the true ratio less often: benchmarks/intervals.py.
     n, total, size = len(numerator), numerator.sum(), denominator.sum()
     ratio = float(total / size)
     if n == 1:
@@ -104,6 +103,6 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
 def perplexity_ratio(nats: Array, other_nats: Array, tokens: Array) -> Interval:
     """Return the first model's perplexity / the second's, with a paired 95 % interval.
 
-    The interval is computed from the difference of the nats of each document. All arrays are (documents,).
+    All arrays are (documents,). The interval is that of the differences of the nats.
     """
     return ratio_interval(nats - other_nats, tokens).map(perplexity)

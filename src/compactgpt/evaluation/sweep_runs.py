@@ -1,7 +1,6 @@
 """Train and score the runs of a sweep in this process.
 
-A sweep is a group of training runs that differ in a few parameters. All runs use the same token files.
-A run that was stopped resumes.
+A sweep is a group of training runs that differ in a few parameters.
 """
 
 import shutil
@@ -47,11 +46,10 @@ def run_sweep(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Train and score the missing runs of the sweep in the file `path`.
+    """Train and score the runs that the sweep file `path` lacks.
 
-    `settings` has entries `key=value`, which change params.yaml for all runs. `folder` is for training
-    states and for models from which later runs start.
-    Raises MissingInput if there are no token files, and Busy if the user stops a run.
+    `settings` are changes of params.yaml, `key=value`. `folder` keeps training states and models.
+    Raises Busy if the user stops a run; the next call resumes the run.
     """
     runner = SweepRunner(load_changed_params(params_file, settings), folder)
     points = sweep_points(name, params_file, settings)
@@ -75,9 +73,9 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and the finished runs that must be trained again.
+    """Return the unfinished runs, and finished runs whose weights an unfinished run needs.
 
-    A finished run is trained again if an unfinished run needs its weights, and `folder` lacks them.
+    A finished run is left out if `folder` has its weights.
     """
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}

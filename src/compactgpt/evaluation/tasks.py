@@ -1,7 +1,6 @@
 """Run tasks with a neural model: predict the last word of a passage, and score WikiText.
 
-Publications call several different scores "LAMBADA" or "WikiText". Here each score has its own name: see
-`run_tasks` and `score_wikitext`.
+`run_tasks` and `score_wikitext` explain each score.
 """
 
 import hashlib
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     import tiktoken
     import torch
 
+# The paper of GPT-2 does not list its stop words: these are the 127 words of NLTK.
 _STOP_WORDS = """
 i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers
 herself it its itself they them their theirs themselves what which who whom this that these those am is are
@@ -61,8 +61,7 @@ class Item:
 def fetch_source(source: Source) -> Path:
     """Return the path of a task's file, which is local or from the hub.
 
-    Raises MissingInput, Unreachable or BadConfig if there is no such file. Raises BadData if its SHA-256 is
-    not that of params.yaml.
+    Raises BadData if its SHA-256 is not that of params.yaml.
     """
     if source.path is None:
         advice = "set a local path in evaluation.tasks"
@@ -80,9 +79,9 @@ def fetch_source(source: Source) -> Path:
 
 
 def read_lambada(path: Path) -> list[Item]:
-    """Return the passages of a LAMBADA file: JSON objects with the key `text`, one a line.
+    """Return the passages of a LAMBADA file: JSON objects with the key `text`, one per line.
 
-    The target of a passage is the text after its last space. Raises BadData if the file has another format.
+    Raises BadData if the file has another format.
     """
     items = []
     try:
@@ -99,13 +98,13 @@ def read_lambada(path: Path) -> list[Item]:
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
     """Return at most `cloze_items` passages whose last word occurs earlier in the passage.
 
-    In LAMBADA, this is true for four of five passages. The documents take turns to give a passage.
+    In LAMBADA, this is true for four of five passages.
     """
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    turns = zip_longest(*candidates)  # each turn: an item of every document; None if it has no more
+    turns = zip_longest(*candidates)  # each turn has an item, or None, for each document
     items = (item for turn in turns for item in turn if item is not None)
     return list(islice(items, settings.cloze_items))
 
@@ -139,11 +138,9 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
-    """Return an array for each passage, (T, 3): a row for each of the T tokens of its last word.
+    """Return the scores of each passage's last word, (tokens of the word, 3).
 
-    Column 0: the nats of the token.
-    Column 1: 1 if the token is the most probable token, else 0.
-    Column 2: 1 if the token is the most probable token outside of STOP_WORDS, else 0.
+    Column 0: nats. Column 1: 1 if the token is the most probable. Column 2: the same without STOP_WORDS.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -168,8 +165,7 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
 def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str, Any]:
     """Return a task's part of the report: accuracy, perplexity and correct answers.
 
-    `nats`, (items,), has the loss of each target. `hits`, (items,), is True for each correct answer.
-    In the report, `hits` is a string of 1 (correct) and 0.
+    `nats`, (items,), are losses. `hits`, (items,), is True for each correct answer.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
     loss = ratio_interval(nats, np.ones(len(items)))
@@ -186,9 +182,8 @@ def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of WikiText from Parquet or raw text.
+    """Return the lines of WikiText from Parquet or raw text. An empty line is "".
 
-    An empty line is "". Every other line ends with a newline.
     Raises BadData if the file is neither Parquet nor UTF-8 text.
     """
     content = path.read_bytes()
@@ -217,10 +212,10 @@ def split_pages(lines: Iterable[str]) -> list[str]:
     return [page for page in map("\n".join, pages) if page.strip()]
 
 
-# The pairs and their order are those of lm_eval/tasks/wikitext/preprocess_wikitext.py.
-# A pair is (old string, new string), but in `_PAIRS`, it is (opening mark, closing mark).
+# Pairs (old string, new string), in the order of lm_eval/tasks/wikitext/preprocess_wikitext.py.
 _MARKS = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
+# Pairs (opening mark, closing mark), as regular expressions.
 _PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
 _HEADINGS = [("= = = =", "===="), ("= = =", "==="), ("= =", "==")]
 _SPACES = [(" \xb0 ", "\xb0"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]
@@ -241,12 +236,6 @@ def detokenize(page: str) -> str:
 def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, stride: int) -> dict[str, Any]:
     """Return a model's results by the three protocols that publications call "WikiText perplexity".
 
-    - no_overlap: blocks of `context` tokens. The first token of each block is not scored.
-    - strided: blocks that begin `stride` tokens apart. Each token is scored once.
-    - per_word: each page, detokenized, after end-of-text. Perplexity is per word of the original page.
-
-    no_overlap and strided are from perplexity.md in transformers' documentation. per_word is the task
-    wikitext of EleutherAI's lm-evaluation-harness.
     Raises BadConfig if the stride is longer than the context.
     """
     codec, context = model.codec, min(context, model.block_size)
@@ -255,7 +244,8 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
         raise BadConfig(
             f"evaluation.tasks.wikitext_stride ({stride}) is above the context of {context}: lower it"
         )
-    stream = codec.encode("\n\n".join(lines))  # as in perplexity.md
+    # `no_overlap` and `strided` are the protocols of perplexity.md in transformers' documentation.
+    stream = codec.encode("\n\n".join(lines))
     report: dict[str, Any] = {}
     for name, step in (("no_overlap", context), ("strided", stride)):
         scored = [values for _, values in target_nats(model, blocks(stream, context, step))]
@@ -266,10 +256,7 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
 
 
 def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]:
-    """Yield the blocks of a stream of tokens, as transformers' perplexity.md cuts them.
-
-    The first token of the stream is never scored.
-    """
+    """Cut a stream of tokens into blocks that begin `stride` tokens apart. The first token is not scored."""
     tokens, scored = np.array(stream, np.int64), 0
     for start in range(0, len(tokens), stride):
         end = min(start + context, len(tokens))
@@ -282,6 +269,7 @@ def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]
 
 
 def _score_words(model: NeuralModel, codec: Codec, pages: Sequence[str], context: int) -> dict[str, Any]:
+    """Return the perplexity per word, as in the task wikitext of lm-evaluation-harness."""
     encoded = ([codec.first_token, *codec.encode(detokenize(page))] for page in pages)
     streams = ((number, np.array(tokens, np.int64)) for number, tokens in enumerate(encoded))
     windows = strided_windows(streams, context, context)
@@ -301,18 +289,10 @@ def run_tasks(
     settings: Settings,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run all tasks of params.yaml and return their report.
-
-    - cloze: passages of `split`. An answer is correct if each token of the last word is the most probable.
-    - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored like cloze. It is the task
-      lambada_openai of EleutherAI's lm-evaluation-harness.
-    - lambada_last_token: the model predicts only the last token of the word. A stop word is no answer, as in
-      Radford et al. 2019, section 3.3. The paper lists no stop words: here they are NLTK's 127 words.
-    - lambada_original: the text that LAMBADA's authors published, scored like cloze.
-
-    Perplexity is exp of the mean nats of a target. No token precedes a passage.
-    """
+    """Run all tasks of params.yaml and return their report."""
     tasks = {"cloze": make_cloze(split, encoding, settings)}  # empty if no document repeats a word
+    # `lambada_word` is lambada_openai of lm-evaluation-harness: OpenAI's text of LAMBADA.
+    # `lambada_original` has the text of LAMBADA's authors (Paperno et al. 2016).
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
         if source is not None:
             tasks[name] = read_lambada(fetch_source(source))
@@ -321,9 +301,11 @@ def run_tasks(
         if items:
             scores = answer(model, items)
             nats = np.array([each[:, 0].sum() for each in scores])
+            # A word is right if each of its tokens is the most probable token.
             is_right = np.array([each[:, 1].all() for each in scores])
             report[name] = answer_figures(items, nats, is_right)
             if name == "lambada_word":
+                # Radford et al. 2019, section 3.3: only the last token counts, and stop words are excluded.
                 last_nats = np.array([each[-1, 0] for each in scores])
                 is_last_right = np.array([each[-1, 2] > 0 for each in scores])
                 report["lambada_last_token"] = answer_figures(items, last_nats, is_last_right)

@@ -1,6 +1,6 @@
 """Compute statistics of generated text: variety, repetition, loops, token frequencies and length.
 
-The caller cuts all texts at the same number of GPT-2 tokens. All intervals are 95 % intervals.
+The caller cuts all texts at the same number of GPT-2 tokens.
 """
 
 import math
@@ -67,10 +67,9 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 
 
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
-    """Return a statistic of texts, between 0 and `highest`, with its 95 % jackknife interval.
+    """Return `figure(texts)` with its 95 % jackknife interval (Efron and Stein 1981).
 
-    The source is Efron and Stein 1981, The Jackknife Estimate of Variance. Returns None for a single text,
-    or if a call of `figure` returns None.
+    The limits are cut at 0 and `highest`. Returns None for one text, or if `figure` does.
     """
     value, n = figure(texts), len(texts)
     # The jackknife draws no text twice. A bootstrap does, and counts the copies as repetition.

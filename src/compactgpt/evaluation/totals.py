@@ -25,7 +25,7 @@ _VIEW = "nats_"
 class Positions:
     """The losses of each document by the token's position in its window.
 
-    Bucket 0 has the position 1. Bucket b has the positions 2^(b-1) + 1 to 2^b.
+    The buckets are the positions 1, 2, 3 to 4, 5 to 8, and so on.
     """
 
     nats: Floats  # (documents, buckets), sum of the losses of the tokens in each bucket
@@ -50,8 +50,7 @@ class Totals:
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
-    `nats`, (documents,), has the loss of each document. `chosen`, (documents,), is True for each document to
-    use; None selects all documents. A perplexity that is too large for a float is None.
+    `nats`, (documents,), are losses. `chosen`, (documents,), selects documents; None selects all.
     """
     scored = totals.tokens > 0
     if chosen is not None:
@@ -73,9 +72,9 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
 
 
 def by_position(positions: Positions) -> list[dict[str, Any]]:
-    """Return a dict for each bucket of `Positions` that has tokens.
+    """Return a row for each bucket of `Positions` that has tokens.
 
-    `first` and `last` are positions in a window. `loss` is in nats per token of the model's tokenizer.
+    The loss is in nats per token of the model's tokenizer.
     """
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
