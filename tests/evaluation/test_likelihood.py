@@ -4,16 +4,15 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
 from compactgpt.common.storage import json_bytes, sha256_file
@@ -24,44 +23,29 @@ from compactgpt.evaluation.likelihood import DocumentModel, evaluate, target_nat
 from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.evaluation.totals import Totals, read_totals, write_totals
 from compactgpt.model.weights import save_model
+from tests.evaluation.plain_model import plain_nats
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_params, save_split
 
 
-def plain_nats(model, split, window):
-    """Independent reference: one window at a time, all logits in float64, log-softmax by hand."""
-    model = model.double().eval()
-    nats = []
+def nats_by_document(model, split, window):
+    """Return the losses of the documents, computed one window at a time."""
+    nats = np.zeros(split.header.documents)
     for document in range(split.header.documents):
         stream = [split.header.eot_token, *split.document(document).tolist()]
-        total = 0.0
-        for start in range(0, len(stream) - 1, window):
-            fed, targets = stream[start : start + window], stream[start + 1 : start + window + 1]
-            with torch.no_grad():
-                logits = model.hidden(torch.tensor([fed]))[0] @ model.wte.weight.T
-            logits = logits[:, : model.shape.vocab_size]
-            for row, target in zip(logits, targets, strict=False):
-                total += math.log(sum(math.exp(x) for x in row.tolist())) - row[target].item()
-        nats.append(total)
-    model.float()
-    return np.array(nats)
+        for start, end in pairwise([*range(0, len(stream) - 1, window), len(stream) - 1]):
+            nats[document] += plain_nats(model, stream[start:end], stream[start + 1 : end + 1])
+    return nats
 
 
-def summarize(model, split, encoding):
-    found = evaluate(model, split, encoding, LIKELIHOOD)
-    return likelihood.summarize("m", model, found, split, LIKELIHOOD)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "setting", "value"),
-    [(100, None, 0), (3, "SORTED_WINDOWS", 2), (9, "CPU_TOKENS", 1), (9, "HEAD_ROWS", 5)],
-)
-def test_nats_equal_a_plain_computation_however_the_windows_are_batched(
-    encoding, split, model, monkeypatch, batch_size, setting, value
+@pytest.mark.parametrize("settings", [{}, {"SORTED_WINDOWS": 2}, {"CPU_TOKENS": 1}, {"HEAD_ROWS": 5}])
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_nats_equal_a_plain_computation_in_any_batches(
+    encoding, split, model, monkeypatch, batch_size, settings
 ):
-    if setting:
-        monkeypatch.setattr(likelihood, setting, value)
+    for name, value in settings.items():
+        monkeypatch.setattr(likelihood, name, value)
     found = evaluate(as_neural_model(model, batch_size), split, encoding, LIKELIHOOD)
-    np.testing.assert_allclose(found.nats, plain_nats(model, split, 8), rtol=1e-6)
+    np.testing.assert_allclose(found.nats, nats_by_document(model, split, 8), rtol=1e-6)
     assert found.tokens.tolist() == found.own_tokens.tolist()
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
 
@@ -74,7 +58,7 @@ def test_only_the_first_tokens_of_each_document_are_scored(encoding, split, mode
     texts = [likelihood.document_text(part, encoding, index).decode() for index in range(5)]
     assert texts == ["the cat", "é ", "a", "Retur", "then"]
     found = evaluate(as_neural_model(model, 3), part, encoding, settings)
-    np.testing.assert_allclose(found.nats, plain_nats(model, part, 8), rtol=1e-6)
+    np.testing.assert_allclose(found.nats, nats_by_document(model, part, 8), rtol=1e-6)
 
 
 def test_memory_is_bounded_in_windows_and_in_logits(split, model, monkeypatch):
@@ -119,7 +103,7 @@ def test_views_have_the_models_context_or_the_configured_one(encoding, split, mo
     neural = as_neural_model(model, 3)
     found = evaluate(neural, split, encoding, settings)
     assert (found.views["own"] is found.nats) == (context == 8)
-    np.testing.assert_allclose(found.views["own"], plain_nats(model, split, context), rtol=1e-6)
+    np.testing.assert_allclose(found.views["own"], nats_by_document(model, split, context), rtol=1e-6)
     report = likelihood.summarize("m", neural, found, split, settings)
     sizes = {name: (view["context"], view["stride"]) for name, view in report["views"].items()}
     assert sizes == {"own": (context, context), "strided": (context, max(1, round(context / 4)))}
@@ -128,9 +112,11 @@ def test_views_have_the_models_context_or_the_configured_one(encoding, split, mo
 
 
 def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, model):
-    rows = summarize(as_neural_model(model, 3), split, encoding)["by_position"]
+    neural = as_neural_model(model, 3)
+    found = evaluate(neural, split, encoding, LIKELIHOOD)
+    rows = likelihood.summarize("m", neural, found, split, LIKELIHOOD)["by_position"]
     assert [(row["first"], row["last"]) for row in rows] == [(1, 1), (2, 2), (3, 4), (5, 8)]  # 9 to 16: none
-    windows = list(target_nats(as_neural_model(model, 1), likelihood.evaluation_windows(split, 8)))
+    windows = list(target_nats(neural, likelihood.evaluation_windows(split, 8)))
     for row in rows:
         values = np.concatenate([nats[row["first"] - 1 : row["last"]] for _, nats in windows])
         assert row["tokens"] == len(values)
@@ -203,15 +189,13 @@ SUMS = {
 
 
 def test_sums_are_read_back(tmp_path):
-    counts = {name: np.array(SUMS[name]) for name in ("bytes", "tokens")} | {
-        "own_tokens": None,
-        "words": None,
-    }
+    arrays = {name: np.array(SUMS[name]) for name in ("bytes", "tokens", "nats")}
     views = {"strided": np.array(SUMS["nats_strided"])}
-    write_totals(tmp_path / "x", Totals(SUMS["id"], **counts, nats=np.array(SUMS["nats"]), views=views))
+    write_totals(tmp_path / "x", Totals(SUMS["id"], **arrays, own_tokens=None, words=None, views=views))
     found = read_totals(tmp_path / "x")
-    for name, values in {**counts, "nats": SUMS["nats"]}.items():
+    for name, values in arrays.items():
         np.testing.assert_array_equal(getattr(found, name), values)
+    assert found.own_tokens is found.words is None
     assert (found.ids, found.views["strided"].tolist()) == (SUMS["id"], SUMS["nats_strided"])
 
 
@@ -221,39 +205,27 @@ def test_damaged_and_missing_sums_are_refused_and_earlier_ones_read(tmp_path):
         read_totals(path)
     damaged = f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"
     for name in ("id", "nats"):
-        table = {key: values for key, values in SUMS.items() if key != name}
-        parquet.write_table(pyarrow.table(table), path)
+        parquet.write_table(pyarrow.table(SUMS).drop_columns(name), path)
         with pytest.raises(BadData, match=damaged):
             read_totals(path)
     path.write_bytes(b"PAR1 not")
     with pytest.raises(BadData, match=damaged):
         read_totals(path)
-    parquet.write_table(pyarrow.table({name: SUMS[name] for name in SUMS if name != "words"}), path)
+    parquet.write_table(pyarrow.table(SUMS).drop_columns("words"), path)
     assert read_totals(path).words is None
 
 
-def test_the_stage_writes_the_same_bytes_twice(tmp_path, encoding, split, model, monkeypatch):
+def test_the_stage_writes_the_same_bytes_twice(tmp_path, split, model, run_stage, run_stage_twice):
     from stages.evaluation import app
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/tokens").symlink_to(tmp_path)
-    (tmp_path / "data/tokenizer").symlink_to(tmp_path / "tokenizer")
     save_params(tmp_path / "params.yaml", lambda tree: None)
-    missing = CliRunner().invoke(app, ["--tracker", "none"])
+    missing = run_stage(app)
     assert (missing.exit_code, missing.output.count("\n")) == (MissingInput.exit_code, 1)
     save_model(model, tmp_path / "models/compact")
-    names = [f"reports/{name}" for name in ("evaluation.json", "metrics.json", "samples.json", "samples.md")]
-    names.append("data/evaluation/compact.parquet")
-    written = []
-    for _ in range(2):
-        result = CliRunner().invoke(app, ["--tracker", "none"], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        written.append([(tmp_path / name).read_bytes() for name in names])
-    assert written[0] == written[1]
-    report, metrics, samples = (json.loads(content) for content in written[0][:3])
-    expected = plain_nats(model, open_tokens(split.path), 8).sum() / report["validation"]["tokens"]
+    outs = [f"reports/{name}" for name in ("evaluation.json", "metrics.json", "samples.json", "samples.md")]
+    contents = run_stage_twice(app, outs=[*outs, "data/evaluation/compact.parquet"])
+    report, metrics, samples = (json.loads(content) for content in contents[:3])
+    expected = nats_by_document(model, open_tokens(split.path), 8).sum() / report["validation"]["tokens"]
     assert report["loss"]["value"] == pytest.approx(expected, rel=1e-6)
     assert report["views"]["own"]["context"] == 16
     assert metrics == {name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte")}

@@ -10,7 +10,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from torch.nn import functional as F
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import json_bytes, sha256_file
@@ -18,6 +17,7 @@ from compactgpt.config import Source, load_params
 from compactgpt.evaluation import tasks
 from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.tasks import Item
+from tests.evaluation.plain_model import plain_logits, plain_nats
 from tests.support.tiny_models import ROOT, save_split
 
 PASSAGES = ["the cat in the hat sat in the hat", "there is another weather in the other weather"]
@@ -50,14 +50,6 @@ def test_the_target_is_what_the_contexts_own_tokens_leave_over(model, encoding):
     alone = tasks.item_window(codec, Item("", "the"), 0, 100)
     assert alone.tokens.tolist()[0] == encoding.eot_token
     assert encoding.decode(alone.targets.tolist()) == "the"
-
-
-def plain_logits(model, fed):
-    with torch.no_grad():
-        hidden = model.double().eval().hidden(torch.tensor([fed[-16:]]))[0]
-        logits = hidden @ model.wte.weight[: model.shape.vocab_size].T
-    model.float()
-    return logits
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -183,15 +175,11 @@ def test_blocks_are_those_of_transformers_perplexity_page(length, context, strid
 
 
 def test_the_protocols_equal_plain_computations(encoding, model):
-    def nats(fed, targets):
-        logits = plain_logits(model, fed)[-len(targets) :]
-        return F.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
-
     found = tasks.score_wikitext(as_neural_model(model, 3, encoding), LINES, 12, 5)
     ids = encoding.encode_ordinary("\n\n".join(LINES))
     parts = [ids[start : start + 12] for start in range(0, len(ids), 12)]
     count = sum(len(part) - 1 for part in parts)
-    total = sum(nats(part[:-1], part[1:]) for part in parts if len(part) > 1)
+    total = sum(plain_nats(model, part[:-1], part[1:]) for part in parts if len(part) > 1)
     assert found["no_overlap"]["own_tokens"] == count
     assert found["no_overlap"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found["strided"]["own_tokens"] == len(ids) - 1
@@ -200,7 +188,7 @@ def test_the_protocols_equal_plain_computations(encoding, model):
         stream = [encoding.eot_token, *encoding.encode_ordinary(tasks.detokenize(text))]
         for position in range(0, len(stream) - 1, 12):
             end = min(position + 12, len(stream) - 1)
-            page_nats += nats(stream[max(0, end - 12) : end], stream[position + 1 : end + 1])
+            page_nats += plain_nats(model, stream[max(0, end - 12) : end], stream[position + 1 : end + 1])
     words = sum(len(re.split(r"\s+", text)) for text in texts)
     assert found["per_word"]["word_perplexity"] == pytest.approx(math.exp(page_nats / words), rel=1e-4)
     with pytest.raises(BadConfig, match="is above the context"):

@@ -112,15 +112,13 @@ def _as_neural_model(
     def hidden(tokens: Any) -> Any:
         return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=False))
-
     _check_head(model, hidden, head)
     is_gpt2 = has_vocabulary_of(tokenizer, encoding)
-    codec = Codec(encode, decode, loaded.first_token)
+    codec = Codec(
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
+        loaded.first_token,
+    )
     own_tokens = OwnTokens(codec, encoding)
     facts |= {
         "num_params": sum(parameter.numel() for parameter in model.parameters()),

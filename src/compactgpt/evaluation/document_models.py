@@ -164,7 +164,6 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     # The position of each token in its document. The first position is 1.
     positions = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
     ids = stream  # the id of the n-gram that ends at each position
-    sizes = [V]  # the number of different n-grams of each order
     # For each order, three arrays, (K,): keys, numbers of occurrences, and ids of suffixes.
     # A suffix is the n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
@@ -181,15 +180,16 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
         found.append((keys, occurrences, suffixes))
         ids = np.full(len(stream), -1)
         ids[ends] = inverse
-        sizes.append(len(keys))
     orders = []
+    contexts = V  # number of n-grams that are one token shorter
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
             # The count of a shorter n-gram is the number of different tokens before it.
             before = np.bincount(found[place + 1][2], minlength=len(keys))
             # An n-gram that begins with end-of-text has no token before it: it counts its occurrences.
             counts[before > 0] = before[before > 0]
-        orders.append(_Order(keys, *_discount(counts, keys // V, sizes[place])))
+        orders.append(_Order(keys, *_discount(counts, keys // V, contexts)))
+        contexts = len(keys)
     weights, backoff = _discount(np.bincount(found[0][2], minlength=V), np.zeros(V, np.int64), 1)
     return NgramModel(weights + backoff / V, orders, int(offsets[-1]))
 

@@ -301,7 +301,8 @@ def evaluate(
             else:
                 views[view] = model.score_view(split, view, likelihood, progress).nats
     for nats in (scores.nats, *views.values()):
-        for document in np.flatnonzero(~np.isfinite(nats))[:1]:
+        if not np.isfinite(nats).all():
+            document = int(np.isfinite(nats).argmin())  # the first document with a broken loss
             raise NotFinite(
                 f"document {split.document_ids[document]} of {split.path} got {nats[document]} nats: the "
                 "model's weights or arithmetic are broken. Train again, or get the weights again"

@@ -61,8 +61,10 @@ def run_sweep(
             try:
                 model, train_loss = runner.train(point, should_stop)
             except Busy as error:
-                again = f"`compactgpt experiment run {name}` resumes there"
-                raise Busy(f"{point.name} was stopped, and its last step is saved: {again}") from error
+                raise Busy(
+                    f"{point.name} was stopped, and its last step is saved: "
+                    f"resume with `compactgpt experiment run {name}`"
+                ) from error
             if point.name in starts:
                 save_model(model, folder / point.name)
             run = runner.score(point, model, train_loss)
@@ -137,7 +139,9 @@ class SweepRunner:
         if sweep.train_source:
             chosen = [index for index, name in enumerate(ids) if self.sources[name] == sweep.train_source]
             if not chosen:
-                raise BadConfig(f"train_source: no document is from {sweep.train_source!r}")
+                raise BadConfig(
+                    f"train_source: no document is from {sweep.train_source!r}: correct the experiment's file"
+                )
             return chosen
         if sweep.train_documents:  # spread evenly over the split
             return [int(index) for index in np.linspace(0, len(ids) - 1, sweep.train_documents)]

@@ -61,7 +61,7 @@ class Item:
 def fetch_source(source: Source) -> Path:
     """Return the path of a task's file, which is local or from the hub.
 
-    Raises BadData if its SHA-256 is not that of params.yaml.
+    Raises BadData if the file's SHA-256 is not that of params.yaml.
     """
     if source.path is None:
         advice = "set a local path in evaluation.tasks"
@@ -90,7 +90,7 @@ def read_lambada(path: Path) -> list[Item]:
             items.append(Item(context, " " + target))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadData(
-            f"{path} is not a LAMBADA file, one JSON object with `text` on each line ({error})"
+            f"{path} is not a LAMBADA file, which has one JSON object with `text` on each line ({error})"
         ) from error
     return items
 

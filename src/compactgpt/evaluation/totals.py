@@ -1,6 +1,5 @@
 """Compute metrics from per-document losses, and store the losses as Parquet."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compactgpt.common.errors import BadData, MissingInput
-from compactgpt.common.storage import write_bytes
+from compactgpt.common.storage import atomic_file
 from compactgpt.evaluation.metrics import Interval, bits_per_byte, perplexity, ratio_interval
 
 Floats = npt.NDArray[np.float64]
@@ -104,9 +103,8 @@ def write_totals(path: Path, totals: Totals) -> None:
         columns[name] = absent if counts is None else pyarrow.array(counts, pyarrow.int64())
     for name, nats in [("nats", totals.nats), *((_VIEW + view, nats) for view, nats in totals.views.items())]:
         columns[name] = pyarrow.array(nats, pyarrow.float64())
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
-    write_bytes(path, buffer.getvalue())
+    with atomic_file(path) as file:
+        pyarrow.parquet.write_table(pyarrow.table(columns), file, compression="zstd")
 
 
 def read_totals(path: Path) -> Totals:
