@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from statistics import linear_regression
 from typing import Any
@@ -87,12 +88,8 @@ def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[st
 
     `ended` has True for each text that reached end-of-text. It is None for human text.
     """
-    shares: dict[str, Figure] = {
-        "distinct_1": lambda some: distinct_n(some, 1),
-        "distinct_2": lambda some: distinct_n(some, 2),
-        "distinct_3": lambda some: distinct_n(some, 3),
-        "seq_rep_4": seq_rep_4,
-    }
+    shares: dict[str, Figure] = {f"distinct_{n}": partial(distinct_n, n=n) for n in (1, 2, 3)}
+    shares["seq_rep_4"] = seq_rep_4
     found = {name: jackknife(texts, figure, highest=1.0) for name, figure in shares.items()}
     found["zipf"] = jackknife(texts, zipf)
     found["tokens"] = jackknife(texts, lambda some: sum(map(len, some)) / len(some) if some else None)
