@@ -109,7 +109,7 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 class _Order:
     """All K n-grams of one length. The id of an n-gram is its index in `keys`."""
 
-    # The key of an n-gram is (id of its context) * V + (its last token).
+    # The key of an n-gram is (id of its context) * (vocabulary size) + (its last token).
     # The context of an n-gram is the n-gram without its last token.
     keys: Ids  # (K,), in ascending order
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context

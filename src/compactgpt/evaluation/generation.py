@@ -47,7 +47,7 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
     """Return the probabilities of nucleus sampling (Holtzman et al. 2020), (V,).
 
-    Only the nucleus, the smallest set of tokens whose probabilities sum to `top_p`, is above 0.
+    They are 0 outside of the nucleus: the smallest set of tokens that sums to at least `top_p`.
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()

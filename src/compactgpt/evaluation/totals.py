@@ -50,6 +50,7 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
     `nats`, (documents,), are losses. `chosen`, (documents,), selects documents; None selects all.
+    A perplexity that is too large for a float is None.
     """
     scored = totals.tokens > 0
     if chosen is not None:
