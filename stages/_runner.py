@@ -29,7 +29,7 @@ from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_f
 from compactgpt.tracking.records import differing
 
 TrackerName = Annotated[Literal["mlflow", "none"], typer.Option(envvar="COMPACTGPT_TRACKER")]
-# Stage -> split that it reads -> purpose that MLflow shows.
+# For each stage: the splits that the stage reads, and the purpose that MLflow shows.
 SPLIT_USES: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
@@ -45,14 +45,14 @@ def new_app() -> typer.Typer:
 
 
 def matrix_item() -> str:
-    """Return `xz` if DVC runs the stage `baseline@xz`; empty if the stage has no item."""
-    # The item is no argument: DVC runs commands in a shell, which would run code in `$(code)`.
+    """Return the item of the stage that DVC runs, such as `xz` of `baseline@xz`, or an empty string."""
+    # DVC does not pass the item as an argument: the shell would run the code in a name such as `$(code)`.
     return os.environ.get("DVC_STAGE", "").partition("@")[2]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """An open stage: its parameters, its tracker, and methods that print and log."""
+    """A running stage: its parameters, its tracker, and methods that print and log."""
 
     name: str  # as in dvc.lock, such as `training` or `baseline@xz`
     params: Params  # all sections of params.yaml
@@ -70,7 +70,7 @@ class Stage:
             report(f"{self.name.partition('@')[0]}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
-        """Log `content` as a text file with this name. `folder` is the folder in MLflow."""
+        """Log `content` as the text file `name` in a folder of the MLflow run."""
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
             path = Path(scratch) / name
             path.write_text(content, encoding="utf-8")
@@ -92,9 +92,9 @@ class Stage:
 
 @contextmanager
 def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "") -> Iterator[Stage]:
-    """Lock a stage and open an MLflow run, for a `with` block.
+    """Lock a stage and open its MLflow run, for a `with` block.
 
-    `logged` names the sections of params.yaml to log. `item` is `xz` for the stage `baseline@xz`.
+    `logged` names sections of params.yaml. `item` is `xz` for `baseline@xz`.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -134,7 +134,7 @@ def _read_params(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the files of a stage: path -> MD5, or time of the last change in LARGE folders."""
+    """Return the MD5 of each file that a stage reads; in LARGE folders, the time of the last change."""
     states: dict[str, Any] = {}
     for path in map(Path, definition.get("deps", [])):
         for file in [path, *path.rglob("*")]:
@@ -148,7 +148,7 @@ def _require_unchanged(
     stage: str, definition: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran."""
-    # DVC reads both after the command, so dvc.lock would get wrong values (treeverse/dvc#11058).
+    # DVC hashes dependencies after the command, so dvc.lock would get wrong values (treeverse/dvc#11058).
     new_params, new_files = _read_params(definition), _read_files(definition)
     changed = [
         f"{key} ({old} -> {new})"
@@ -157,9 +157,8 @@ def _require_unchanged(
     changed += differing(files, new_files)
     if changed:
         raise CheckFailed(
-            f"changed while {stage} ran: {', '.join(changed[:5])}. The results are from before the "
-            "change, so DVC does not record them. To use the change, run `dvc repro` again. To undo it, "
-            "restore the changed files, then run `dvc repro`: training resumes from its last state"
+            f"changed while {stage} ran: {', '.join(changed[:5])}. DVC records no results: run "
+            "`dvc repro` again; if you restore the files first, training resumes"
         )
 
 
@@ -200,7 +199,7 @@ def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...])
 def start_processes(module: str, tracker: str) -> None:
     """Start a stage script in several processes, and exit with their exit code.
 
-    Return at once if params.yaml wants one process, or if torchrun started this process.
+    For one process, or in a process that torchrun started, do nothing.
     """
     with handle_user_errors():
         launcher = load_params(_PARAMS).training.launcher
@@ -226,7 +225,7 @@ def _stoppable() -> Iterator[None]:
 
 def _die_with_parent() -> None:
     """On Linux, end this process when its parent process (`dvc` or torchrun) ends."""
-    # Otherwise it could still train when the user starts `dvc repro` again.
+    # Without this, an old training could still run when the user starts `dvc repro` again.
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG: Linux sends a signal when the parent process ends
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

@@ -83,7 +83,7 @@ def _show(language: "Language") -> None:
 
 
 def _note_rows(view: "View") -> Iterator[list[str]]:
-    """Yield rows of a title, a cell for each claim, and the values of the model trained here."""
+    """Yield rows: a title, a cell for each claim, and the values of the model trained here."""
     for title, claims, here in view.note_rows():
         row = [title]
         for claim in claims:

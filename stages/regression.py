@@ -1,6 +1,6 @@
-"""Run `compactgpt gate`, which checks that the model is not worse than an accepted model.
+"""Run `compactgpt gate`, which compares the model with the accepted one.
 
-The gate is not a DVC stage, because each `dvc repro` would run a failed stage again.
+The gate is no DVC stage: each `dvc repro` would run a failed stage again.
 """
 
 import sys

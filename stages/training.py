@@ -17,7 +17,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
     start_processes("stages.training", tracker)
     with open_stage("training", tracker, ("model", "training", "runtime")) as stage:
         prepare_process(stage.params.runtime.num_threads)
-        # torch reads the number of threads when it is imported.
+        # Imported here, because torch reads the number of threads at its import.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import prune_runs

@@ -166,7 +166,7 @@ def replace(path, old, new):
 def test_inputs_that_change_while_a_stage_runs_fail_it(chain, edit, message):
     result = run(lambda stage: edit(), tracker="mlflow")
     assert result.exit_code == CheckFailed.exit_code
-    assert f"error: changed while training ran: {message}. The results are" in result.output
+    assert f"error: changed while training ran: {message}. DVC records no results" in result.output
     assert journal_lines(chain)[-1]["status"] == "FAILED"
 
 

@@ -1,8 +1,6 @@
-"""Find documents that repeat other documents, and text of the val split that is also in the train split.
+"""Find documents that repeat other documents, and val text that is also in train.
 
-A run of words is a sequence of consecutive words of one document (an n-gram).
-Two documents are twins if their sets of 5-word runs are similar.
-The overlap of a val document is the share of its 13-word runs that are also in train (GPT-3, appendix C).
+A run is some consecutive words of a document (an n-gram).
 """
 
 import hashlib
@@ -42,14 +40,14 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _NEIGHBOURS = 8  # `_candidates` pairs each document with this many later documents of its bucket
-# After this many train documents with a run of words, `digest_documents` stores no further ones.
+# `digest_documents` stores at most about this many train documents for each run of words.
 _OWNERS_PER_RUN = 10
 
 
 def word_hashes(text: str) -> Hashes:
-    """Return the hash of each word of a text, shape (words,).
+    """Return the hash of each word of a text, shape (words,), without punctuation and case.
 
-    Punctuation, white space and case are ignored. In a script without spaces, each character is a word.
+    In a script without spaces, each character is a word.
     """
     return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
 
@@ -80,7 +78,7 @@ class Digest(NamedTuple):
 
     documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val (is in the val split)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
-    # One row for each document and each of its runs of words that are also in val.
+    # One row per document and run that is also in val.
     # Columns: document (row of `documents`), run (index in the result of `val_runs`).
     hits: "pd.DataFrame"
 
@@ -108,8 +106,7 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
         words = word_hashes(document.text)
         runs = run_hashes(words, params.shingle_words)
         if not len(runs):
-            # A document with fewer words has no run: all its words are hashed together.
-            # A document without words gets the hash of its id, so it is similar to no other.
+            # A document too short for a run gets one hash: of all its words or, without words, of its id.
             runs = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
         shingles.append(runs)
         runs = run_hashes(words, params.overlap_words)
@@ -174,16 +171,9 @@ def digest_documents(
 
 
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
-    """Return a table of the documents that have a twin: another document with similar words.
+    """Return a table of twins: for a document, the most similar document in each split.
 
-    The MinHash values of a document (Broder 1997) are divided into bands. Two documents are compared if all
-    values of one band are equal. A document has at most two rows: its most similar twin in each split.
-
-    Columns:
-        document, twin: row numbers in `corpus.documents`
-        score: share of equal MinHash values, which estimates the Jaccard similarity
-        in_val: True if `document` is in the val split
-        across: True if `twin` is in the other split
+    Columns: document and twin (rows of `corpus.documents`), score, in_val, across.
     """
     import pandas as pd
 
@@ -191,6 +181,7 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     # rensa's own search is not used: it takes 1.3 KB of memory per document.
     width = params.permutations // params.bands
     found = []
+    # Two documents are compared if all MinHash values of one band are equal (Broder 1997).
     for band in range(params.bands):
         keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -199,18 +190,19 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
         equal = np.zeros(len(first), np.int64)
         for values in signatures.T:  # one column at a time, to save memory
             equal += values[first] == values[second]
+        # The share of equal MinHash values estimates the Jaccard similarity of two documents.
         pairs = pd.DataFrame({"document": first, "twin": second, "score": equal / params.permutations})
         found.append(pairs[pairs["score"] >= params.similarity])
     found += [pairs.rename(columns={"document": "twin", "twin": "document"}) for pairs in found]
     twins = pd.concat(found)
     twins["in_val"] = in_val[twins["document"]]
-    twins["across"] = twins["in_val"] != in_val[twins["twin"]]
+    twins["across"] = twins["in_val"] != in_val[twins["twin"]]  # the twin is in the other split
     twins = twins.sort_values(["document", "score", "twin"], ascending=[True, False, True])
     return twins.drop_duplicates(["document", "across"])
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Return pairs of documents with equal keys: the first documents, and the second documents."""
+    """Return pairs of documents with equal keys, as two arrays of document numbers."""
     # A bucket is all documents with one key. Train documents come first in a bucket.
     order = np.lexsort((in_val, keys))
     ordered = keys[order]
@@ -229,14 +221,9 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 
 
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
-    """Return a table with one row per val document: how much of it is in train.
+    """Return a table: how much of each val document is also in train (GPT-3, appendix C).
 
-    Columns:
-        document: row number in `corpus.documents`
-        runs: number of different runs of words in the document
-        seen: number of these runs that are also in train
-        twin: row number of the train document with the largest number of these runs, or -1
-        score: `seen` / `runs`
+    Columns: document and twin (rows of `corpus.documents`), runs, seen, score.
     """
     import pandas as pd
 
@@ -248,9 +235,9 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
     counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
     overlap = pd.DataFrame(
         {
-            "runs": hits[of_val].groupby("document").size(),
-            "seen": shared.groupby("document")["run"].nunique(),
-            "twin": counts.set_index("document")["twin"],
+            "runs": hits[of_val].groupby("document").size(),  # different runs of words in the document
+            "seen": shared.groupby("document")["run"].nunique(),  # those of these runs that are in train
+            "twin": counts.set_index("document")["twin"],  # the train document with most of these runs
         },
         index=pd.Index(np.flatnonzero(in_val), name="document"),
     )

@@ -1,8 +1,6 @@
-"""Check the token files, and that the val split does not repeat the train split.
+"""Check the token files, and find documents that repeat other documents.
 
-Great Expectations checks one table per token file, and one with the shares of repeated documents.
-The report lists the flagged documents: the val documents that repeat another document.
-The stage `comparison` also computes each model's loss without the flagged documents.
+A flagged document is a val document that repeats another document.
 """
 
 import math
@@ -39,9 +37,8 @@ def inspect(
     num_workers: int,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Check the token files in `tokens`, write Data Docs into `docs`, and return the report.
+    """Check the token files, write Data Docs into `docs`, and return the report.
 
-    The report does not depend on `num_workers`.
     Raises MissingInput or BadData if an input is missing or damaged.
     """
     manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
@@ -68,9 +65,9 @@ def inspect(
 
 
 def passed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what training depends on: whether all checks passed, and each token file's hash.
+    """Return whether all checks passed, and the hash of each token file.
 
-    The limits of the checks are left out, so a new limit alone does not repeat training.
+    A new limit of a check changes neither, so training does not run again.
     """
     return {name: {"passed": report["success"], "sha256": report[name]["sha256"]} for name in SPLITS}
 
@@ -84,7 +81,7 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     row["documents_that_differ"] = _count_differences(split, corpus.documents[of_split])
     least = params.min_val_documents if name == "val" else 1
     more = "add text, raise tokenization.val_fraction, or lower inspection.min_val_documents, "
-    more += "which makes intervals wide"
+    more += "which widens the confidence intervals"
     again, highest = "run `dvc repro -f tokenization`", split.header.vocab_size - 1
     suite = [
         bound("documents", f"{name}: documents", more, least=least),
@@ -153,7 +150,7 @@ def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection)
     """Return a table of the val documents with a twin, or with an overlap above `flagged_overlap`."""
     import pandas as pd
 
-    # A twin in train comes before a twin in val, so `drop_duplicates` keeps it.
+    # A twin in train comes before a twin in val, so `drop_duplicates` keeps the twin in train.
     of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
     of_val = of_val.drop_duplicates("document").assign(kind="near duplicate")
     in_train = overlap[(overlap["twin"] >= 0) & (overlap["score"] > params.flagged_overlap)]
@@ -177,8 +174,8 @@ def uncompared(report: Mapping[str, Any], words: int) -> str:
     if 2 * short <= total:
         return ""
     return (
-        f"{short:,} of {total:,} val documents have fewer than {words} words: the check finds only "
-        "copies of these documents in train; use longer documents, or lower inspection.overlap_words"
+        f"{short:,} of {total:,} val documents have fewer than {words} words: in train, only whole copies of "
+        "these were searched; use longer documents, or lower inspection.overlap_words"
     )
 
 
@@ -196,7 +193,7 @@ def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Tabl
 
 
 def _describe(repeats: "pd.DataFrame", corpus: Digest) -> list[dict[str, Any]]:
-    """Return the rows of `repeats` for the report: ids and sources replace document numbers."""
+    """Return the rows of `repeats` for the report, with ids and sources instead of document numbers."""
     numbers = sorted({*repeats["document"], *repeats["twin"]})
     names: dict[Any, Any] = corpus.documents.loc[numbers, ["id", "source"]].to_dict("index")
     rows: list[dict[Any, Any]] = repeats.to_dict("records")

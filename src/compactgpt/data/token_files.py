@@ -1,8 +1,5 @@
 """Write and read token files, and cut them into training batches and evaluation windows.
 
-A token file `<split>.tokens` has a header of HEADER_BYTES bytes, and then the token ids of all documents.
-The header is MAGIC and one line of JSON, padded with spaces. Each document ends with the end-of-text token.
-The document index `<split>.index.safetensors` has the arrays `offsets`, `bytes` and `ids`.
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 
@@ -27,12 +24,12 @@ VOCAB_BPE = "vocab.bpe"
 ENCODER_JSON = "encoder.json"
 END_OF_TEXT = "<|endoftext|>"
 
+# A token file has a header of MAGIC and one line of JSON, and then the token ids of all documents.
 MAGIC = b"CGPTTOK\n"
-HEADER_BYTES = 1024
+HEADER_BYTES = 1024  # number of bytes in the header, padded with spaces
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
-# A document's number, and its tokens after a start token.
-# A model reads the start token, but does not predict it.
+# A document's number, and its tokens after a start token, which no model must predict.
 Stream = tuple[int, npt.NDArray[np.int64]]
 
 
@@ -49,7 +46,7 @@ class Header(BaseModel, frozen=True, strict=True):
 
 
 def index_path(path: Path) -> Path:
-    """Return the path of the document index that belongs to the token file at `path`."""
+    """Return the path of the document index of the token file at `path`."""
     return path.with_suffix(".index.safetensors")
 
 
@@ -86,9 +83,9 @@ def pack_documents(
     eot_token: int,
     tokenizer_sha256: str,
 ) -> TokenFile:
-    """Return a TokenFile in memory: the documents, each with an end-of-text token. Write no file.
+    """Return a TokenFile in memory, with an end-of-text token after each document.
 
-    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids.
+    A document is (16-byte id, length in UTF-8 bytes, token ids).
     """
     rows = list(documents)
     end = np.array([eot_token], np.uint32)
@@ -139,10 +136,9 @@ def write_tokens(path: Path, parts: Sequence[TokenFile]) -> None:
 
 
 def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
-    """Open a token file and its document index.
+    """Open a token file and its document index. Raises MissingInput or BadData.
 
-    If `verify` is true, the files must have the hashes in the folder's manifest, if there is one.
-    Raises MissingInput if a file is missing, BadData if the files are damaged or do not belong together.
+    `verify` compares both files with the hashes in the manifest, if there is one.
     """
     index_file = index_path(path)
     for each in (path, index_file):
@@ -182,10 +178,8 @@ def _read(path: Path, index_file: Path) -> TokenFile:
 def training_batch(
     tokens: Tokens, *, seed: int, step: int, sequences: int, block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the input tokens (B, T) and the target tokens (B, T) of one training step.
+    """Return the input tokens (B, T) and target tokens (B, T) of one training step.
 
-    Sequences start at random indices, as in nanoGPT's get_batch. The target of a token is the next token.
-    The result depends only on the arguments, so a resumed training needs no random state.
     Raises BadData if `tokens` is too short for one sequence.
     """
     if len(tokens) <= block_size:
@@ -193,39 +187,39 @@ def training_batch(
             f"the train split has {len(tokens):,} tokens, but one sequence needs {block_size + 1:,}: "
             "add text, or lower model.block_size in params.yaml"
         )
+    # The result depends on the arguments alone, so a resumed training needs no random state.
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    starts = generator.integers(0, len(tokens) - block_size, sequences)
+    starts = generator.integers(0, len(tokens) - block_size, sequences)  # random, as in nanoGPT's get_batch
     positions = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     drawn = tokens[positions].astype(np.int64)
-    return drawn[:, :-1], drawn[:, 1:]
+    return drawn[:, :-1], drawn[:, 1:]  # the target of a token is the next token
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of one document: tokens that a model reads, and tokens that it must predict."""
+    """A part of one document: the tokens that a model reads, and the tokens to predict."""
 
     document: int  # number of the document in the token file, from 0
     tokens: npt.NDArray[np.int64]  # (T,) the tokens that the model reads
-    targets: npt.NDArray[np.int64]  # (T,) the tokens to predict: for each of `tokens`, the next token
+    targets: npt.NDArray[np.int64]  # (T,) the tokens to predict: the next token of each of `tokens`
 
 
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
-    """Cut every document into windows of at most `window` targets (tokens to predict).
+    """Cut every document into windows of at most `window` targets.
 
-    Each token of a document's text is a target exactly once. The end-of-text token is never a target: it is
-    only the first token that the model reads.
+    Each token of a text is a target exactly once, and the end-of-text token never.
     """
     return cut_windows(document_streams(split), window)
 
 
 def document_streams(split: TokenFile) -> Iterator[Stream]:
-    """Yield the stream of every document. The start token is the end-of-text token."""
+    """Yield the number and the tokens of every document, with the end-of-text token as the start token."""
     for index in range(split.header.documents):
         yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
 
 
 def cut_windows(streams: Iterable[Stream], window: int) -> Iterator[Window]:
-    """Cut each stream into windows of at most `window` targets. Windows do not overlap."""
+    """Cut each document's tokens into windows of at most `window` targets. Windows do not overlap."""
     for document, stream in streams:
         for start in range(0, len(stream) - 1, window):
             end = min(start + window, len(stream) - 1)

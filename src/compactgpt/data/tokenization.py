@@ -1,7 +1,6 @@
-"""Encode the documents, and write a token file for the train split and for the val split.
+"""Encode the documents into a token file for train and one for val.
 
-A worker process encodes one document shard (a parquet file) into a chunk, which is a folder of token files.
-At the end, the stage joins the chunks. If a run is killed, the next run keeps the finished chunks.
+Each document shard becomes a chunk. A resumed run keeps finished chunks.
 """
 
 import hashlib
@@ -33,31 +32,25 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule that chooses the val documents by hash, or by position in the corpus."""
+    """The rule that chooses the val documents: by hash, or by position in the corpus."""
 
-    val_fraction: float  # the wanted size of val, as a share of the corpus from 0 to 1
-    # The first val document: file name of its shard, number of its row group, row in the row group.
-    # None: documents are chosen by hash.
+    val_fraction: float  # wanted share of the corpus in val, from 0 to 1
+    # Position of the first val document: shard name, row group, row. None: documents are chosen by hash.
     val_start: tuple[str, int, int] | None = None
 
     def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
-        """Return for each document of a row group whether it is in val."""
+        """Return, for each document of a row group, whether the document is in val."""
         if self.val_start is None:
-            # The id is a hash of the text, so its first 64 bits are a random number.
-            # A document keeps its split when the corpus grows.
+            # The first 64 bits of a hash are as good as random, and stay the same when the corpus grows.
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
         return [(group.path.name, group.number, row) >= self.val_start for row in range(len(documents))]
 
 
 def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size: int) -> SplitRule:
-    """Return the rule that divides a corpus of `size` bytes of text into train and val.
-
-    `split` is `hash`: val has about the share `val_fraction` of the documents.
-    `split` is `tail`: val is the end of the corpus, `val_fraction` of its bytes, as in nanoGPT.
-    """
+    """Return the rule that divides a corpus of `size` bytes into train and val."""
     if split == "hash":
         return SplitRule(val_fraction)
-    wanted = val_fraction * size
+    wanted = val_fraction * size  # the split `tail`: val is the end of the corpus, as in nanoGPT
     for group in reversed(groups):  # from the end, so that only the val documents are read
         for row, document in reversed([*enumerate(read_row_group(group))]):
             wanted -= len(document.text.encode())
@@ -78,8 +71,7 @@ def tokenize(
 ) -> dict[str, Any]:
     """Write the token files of both splits into `folder`, and return the report.
 
-    The folder `state` keeps the finished chunks for a resumed run.
-    Raises MissingInput if an input is missing, BadData if an input is damaged or a split has no document.
+    `state` keeps finished chunks. Raises BadData if a split has no document.
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
@@ -110,8 +102,8 @@ def tokenize(
         how["split"] = params.split
     with atomic_folder(folder, {**facts, **how}, kind="tokens") as temporary:
         for split in SPLITS:
-            # `encode_shard` has verified the hashes of the chunks.
             paths = [chunks / shard[0].path.stem / f"{split}.tokens" for shard in shards]
+            # `encode_shard` has verified the hashes of the chunks.
             parts = [open_tokens(path, verify=False) for path in paths]
             if not any(part.header.documents for part in parts):
                 raise BadData(
@@ -133,7 +125,7 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Write the chunk of one shard, and return the shard's bytes of text."""
+    """Write the chunk of one shard, and return the number of bytes of text in the shard."""
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
         return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
@@ -175,16 +167,14 @@ def describe_splits(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int) -> Iterator[R]:
-    """Run `function(task)` for each task on a Ray cluster, and yield the results in order.
+    """Yield `function(task)` for each task, in order, from the workers of a Ray cluster.
 
-    RAY_ADDRESS is the cluster's address; without it, a cluster is started on this machine.
-    Every machine needs this package, and the project's folder at the same path.
-    Raises Unreachable if no cluster answers, and any error that the function raises.
+    Without RAY_ADDRESS, Ray starts a cluster on this machine.
     """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    num_cpus = None if address else num_workers  # a cluster that already runs knows its number of processors
+    num_cpus = None if address else num_workers  # a running cluster knows its number of processors
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     try:
         ray.init(address or "local", num_cpus=num_cpus, **quiet)

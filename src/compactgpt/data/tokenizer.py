@@ -1,7 +1,6 @@
-"""Save GPT-2's tokenizer in a folder, load it without a network, and encode text.
+"""Save and load GPT-2's tokenizer, and encode text.
 
-The folder contains OpenAI's two published files, vocab.bpe and encoder.json.
-The library gigatoken returns the token ids of tiktoken 14 times as fast (docs/benchmarks.md).
+The library gigatoken gives the token ids of tiktoken 14 times as fast (docs/benchmarks.md).
 """
 
 import base64
@@ -27,9 +26,8 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 
 # After this many bytes, gigatoken's ids of one text are compared with tiktoken's.
 CHECK_EVERY_BYTES = 2**20
-CHECK_CHARACTERS = 2**11  # only the beginning of a longer text is compared
-# gigatoken keeps every word in memory, so it is loaded again after this many bytes.
-# A megabyte of documentation takes 0.3 MB of memory, a megabyte of random words 9 MB.
+CHECK_CHARACTERS = 2**11  # only the first 2^11 characters of a text are compared
+# gigatoken keeps every word in memory (0.3 to 9 MB per MB of text): it is loaded again after this many bytes.
 RESTART_EVERY_BYTES = 2**25
 
 TokenIds = npt.NDArray[np.uint32]
@@ -39,7 +37,7 @@ TokenIds = npt.NDArray[np.uint32]
 
 
 def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, Any]:
-    """Save vocab.bpe and encoder.json in `folder`, and return the facts in its manifest.
+    """Save the two files of a tokenizer in `folder`, and return its settings, such as `vocab_size`.
 
     Raises BadData if `encoder_json` is damaged.
     """
@@ -71,7 +69,7 @@ def load_encoding(folder: Path) -> tiktoken.Encoding:
 
 
 def _gpt2_encoding(encoder_json: bytes) -> tiktoken.Encoding:
-    """Return GPT-2's encoding from the content of encoder.json."""
+    """Return GPT-2's tiktoken encoding, given the content of encoder.json."""
     table = unicode_to_bytes()
     try:
         ids = json.loads(encoder_json)
@@ -96,12 +94,11 @@ def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """Return a table: a character in GPT-2's published files, and its byte.
+    """Return the byte of each character in GPT-2's published files, in the order of token ids.
 
-    A printable byte has the character with this code. The other bytes have the characters from U+0100 on.
-    The bytes are in the order of their token ids, from 0.
-    The table is the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
+    The inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
     """
+    # The published files have no white space: such a byte is written as a character from U+0100 on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -118,8 +115,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
     The characters `<|endoftext|>` are encoded as ordinary text.
     Raises BadData if tiktoken can't encode the text.
     """
-    # `Encoding.encode` returns a Python list, which takes 10 times the memory.
     try:
+        # `Encoding.encode` returns a Python list, which takes 10 times the memory of an array.
         return encoding.encode_to_numpy(text, disallowed_special=())
     except ValueError as error:  # for example, the text has a million spaces in a row
         raise BadData(
@@ -128,13 +125,13 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
         ) from error
 
 
-# gigatoken knows the letters and digits of Unicode 17, tiktoken only those of Unicode 16.
-# This expression matches the UTF-8 of every new character, and of some older ones (Telugu, Kannada).
+# UTF-8 of the characters that are new in Unicode 17, and of some older characters.
+# Only gigatoken knows which new characters are letters.
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 
 class GigatokenEncoder:
-    """Encodes text by gigatoken, and compares some of gigatoken's token ids with tiktoken's."""
+    """Encodes text with gigatoken, and compares samples of the token ids with those of tiktoken."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
@@ -142,7 +139,7 @@ class GigatokenEncoder:
         self._start()
 
     def _start(self) -> None:
-        """Load gigatoken with no words in memory."""
+        """Load gigatoken, with no words in its memory."""
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
@@ -154,8 +151,7 @@ class GigatokenEncoder:
     def encode(self, text: str) -> TokenIds:
         """Return the token ids of a text, shape (tokens,).
 
-        Once per CHECK_EVERY_BYTES bytes, tiktoken encodes the beginning of `text`, too.
-        Raises BadData if tiktoken's ids differ from gigatoken's.
+        Raises BadData if gigatoken's ids of a sample differ from tiktoken's.
         """
         content = text.encode()
         if not text.isascii() and _MAY_BE_NEW.search(content):
@@ -177,9 +173,6 @@ class GigatokenEncoder:
 
 
 def load_encoder(folder: Path, library: Literal["gigatoken", "tiktoken"]) -> Callable[[str], TokenIds]:
-    """Return a function that encodes text by `library`, with the tokenizer in `folder`.
-
-    Raises the errors of `load_encoding`.
-    """
+    """Return a function that encodes text with this library and the tokenizer in `folder`."""
     encoding = load_encoding(folder)
     return GigatokenEncoder(encoding).encode if library == "gigatoken" else partial(encode, encoding)

@@ -1,8 +1,6 @@
-"""Check the documents with Great Expectations (GX) before a model is trained on them.
+"""Check the documents with Great Expectations (GX).
 
-An expectation is a rule that GX checks for a column of a table.
-The table `corpus` has one row of counts, and the table `documents` has one row per checked document.
-GX writes the results as HTML pages (Data Docs).
+An expectation is a rule for a column of a table. Data Docs are GX's pages of results.
 """
 
 import hashlib
@@ -45,9 +43,7 @@ def validate(
 ) -> dict[str, Any]:
     """Check the documents, write Data Docs into `docs`, and return the report.
 
-    If there are more than `params.max_rows` documents, about `params.max_rows` documents are checked.
-    Either all copies of a text are checked, or none.
-    Raises MissingInput or BadData if the documents are missing or damaged.
+    Of a large corpus, GX checks a sample of about `params.max_rows` documents.
     """
     manifest = verified_manifest(documents)
     total = manifest["documents"]
@@ -60,7 +56,7 @@ def validate(
             counts["bytes"] += len(document.text.encode())
             counts["wrong_ids"] += _hash(document.text) != document.id
             id_hashes += bytes.fromhex(_hash(document.id))
-            # Compare integers: they are never rounded, so every machine takes an identical sample.
+            # The hash decides, so all copies of a text are in the sample or none. Integers are never rounded.
             hash_bound = 2**64 * params.max_rows
             if total <= params.max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
@@ -112,7 +108,7 @@ def bound(
 ) -> Any:
     """Return an expectation for a one-row table: `column` is from `least` to `most`.
 
-    `what` names the value in messages. `advice` is printed if the expectation fails.
+    If the expectation fails, `what` and `advice` are in the message.
     """
     from great_expectations import expectations as gxe
 
@@ -191,9 +187,9 @@ def document_expectations(params: Validation) -> list[Any]:
 
 
 def require_success(report: Mapping[str, Any], what: str, last_line: str) -> None:
-    """Raise CheckFailed if an expectation in the report of a stage failed.
+    """Raise CheckFailed if an expectation in a stage's report failed.
 
-    In the message, `what` is a plural noun for the checked data.
+    `what` names the checked data in the message, such as `the documents`.
     """
     lines = []
     for result in report["expectations"]:
@@ -219,12 +215,11 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
     """Check the tables, write Data Docs into `docs`, and return a result per expectation.
 
-    `run_name` is in the heading of the pages.
-    Raises NotAllowed if `docs` contains files that are not Data Docs.
+    Raises NotAllowed if `docs` contains other files.
     """
     import great_expectations as gx
 
-    # Hide GX's traceback of a full disk: the stage reports it in one sentence.
+    # Hide GX's traceback when the disk is full: the stage reports this error in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
     with atomic_folder(docs, kind="data docs") as temporary:
         context = gx.get_context(mode="ephemeral")
