@@ -44,12 +44,6 @@ def new_app() -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def matrix_item() -> str:
-    """Return the item of the stage that DVC runs, such as `xz` of `baseline@xz`, or an empty string."""
-    # DVC does not pass the item as an argument: the shell would run the code in a name such as `$(code)`.
-    return os.environ.get("DVC_STAGE", "").partition("@")[2]
-
-
 @dataclass(frozen=True)
 class Stage:
     """A running stage: its parameters, its tracker, and methods that print and log."""
@@ -60,14 +54,14 @@ class Stage:
     params_sha256: str = ""  # hash of the stage's parameters; empty if dvc.yaml does not have the stage
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
-    def progress(self, unit: str, what: str = "") -> Progress:
+    def progress(self, unit: str) -> Progress:
         """Return a progress bar that counts `unit`, such as `steps`. Only the main process shows it."""
-        return ProgressBar(what or self.name.partition("@")[0], unit) if self.is_main_process else silent
+        return ProgressBar(self.name, unit) if self.is_main_process else silent
 
     def print_message(self, message: str) -> None:
         """Print a message to stderr, in the main process only."""
         if self.is_main_process:
-            report(f"{self.name.partition('@')[0]}: {message}")
+            report(f"{self.name}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
         """Log `content` as the text file `name` in a folder of the MLflow run."""

@@ -1,12 +1,13 @@
 """Stage `baseline`: evaluate one baseline on the val split; write a report and per-document losses."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compactgpt.tracking import state_folder
-from stages._runner import TrackerName, matrix_item, new_app, open_stage
+from stages._runner import TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -25,7 +26,8 @@ def main(
     from compactgpt.evaluation.tasks import run_tasks
     from compactgpt.evaluation.totals import write_totals
 
-    name = name or matrix_item()
+    # DVC sets a variable: in a command, the shell would run the code in a name such as `$(code)`.
+    name = name or os.environ.get("DVC_STAGE", "").partition("@")[2]  # `xz` for the stage `baseline@xz`
     if not name:
         raise typer.BadParameter(
             "no baseline is named: use a name from baseline.specs in params.yaml", param_hint="NAME"
@@ -36,7 +38,7 @@ def main(
         split = scored_split(open_tokens(Path("data/tokens/val.tokens")), encoding, likelihood)
         train = Path("data/tokens/train.tokens")
         model = load_baseline(name, params, encoding, train, state_folder())
-        progress = stage.progress("done", name)
+        progress = stage.progress("done")
         found = evaluate(model, split, encoding, likelihood, progress)
         write_totals(Path(f"data/baseline/{name}.parquet"), found)
         report = summarize(name, model, found, split, likelihood)

@@ -11,7 +11,6 @@ from compactgpt.common.sections import read_yaml
 
 ROOT = Path(__file__).parents[1]
 COMMAND = """#!/bin/sh
-shift
 for out in "$@"; do
   case "$out" in */*.*) file="$out";; *) file="$out/made";; esac
   mkdir -p "${file%/*}"
@@ -30,18 +29,17 @@ def short_params():
 
 @pytest.fixture
 def chain(tmp_path):
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("src", "stages", "conf", "corpus", "results"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-        )
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     for name in ("claims.yaml", "published.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     YAML().dump(short_params(), tmp_path / "params.yaml")
     tree = read_yaml(ROOT / "dvc.yaml")
-    for name, stage in tree["stages"].items():
+    for stage in tree["stages"].values():
         outs = [out for key in ("outs", "metrics", "plots") for out in stage.get(key, [])]
         paths = [next(iter(out)) if isinstance(out, dict) else out for out in outs]
-        stage["cmd"] = " ".join(["./make", name, *paths])
+        stage["cmd"] = " ".join(["./make", *paths])
     YAML().dump(tree, tmp_path / "dvc.yaml")
     (tmp_path / "make").write_text(COMMAND)
     (tmp_path / "make").chmod(0o755)
@@ -61,7 +59,7 @@ def ran(folder):
 @pytest.mark.slow
 def test_a_second_run_evaluates_nothing_and_another_baseline_runs_itself_alone(chain):
     everything = ran(chain)
-    tree = YAML(typ="safe").load(chain / "params.yaml")
+    tree = read_yaml(chain / "params.yaml")
     names = tree["baseline"]["names"]
     assert {"training", "evaluation", "comparison", *(f"baseline@{name}" for name in names)} <= everything
     assert ran(chain) == set()

@@ -2,11 +2,11 @@
 
 import json
 import random
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.common.errors import CheckFailed
@@ -22,8 +22,7 @@ from tests.support.data_docs import compiled_once  # noqa: F401
 from tests.support.tiny_corpus import make_documents, make_tokenizer, write_token_file
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
-ROOT = Path(__file__).parents[2]
-TREE = read_yaml(ROOT / "params.yaml")
+TREE = read_yaml(Path(__file__).parents[2] / "params.yaml")
 SECTION = TREE["inspection"] | {"min_val_documents": 2, "max_leaked_share": 0.0, "max_repeated_share": 0.0}
 PARAMS = Inspection.model_validate(SECTION)
 EOT = 60
@@ -35,39 +34,37 @@ def random_texts(count, words=120):
     return [" ".join(generator.choices(WORDS, k=words)) for _ in range(count)]
 
 
-def make_document(text, *, in_val, source="x"):
-    """A document whose id begins with 0 (val) or f (train)."""
-    return Document(("0" if in_val else "f") + new_document(text, source).id[1:], text, source)
+def write_inputs(folder, train, val, spoil=lambda name, rows: None):
+    """Documents in a shuffled order, and token files whose ids are the text's bytes modulo the vocabulary.
 
-
-def write_inputs(folder, train, val, spoil=None):
-    """Documents in a shuffled order, and token files whose ids are the text's bytes modulo the vocabulary."""
-    texts = [(text, False) for text in train] + [(text, True) for text in val]
-    random.Random(1).shuffle(texts)
+    An id begins with f (train) or 0 (val). A source is the split and the number of the text.
+    """
     documents = [
-        make_document(text, in_val=in_val, source=f"a/{n}") for n, (text, in_val) in enumerate(texts)
+        Document(first + new_document(text, "").id[1:], text, f"{split} {number}")
+        for split, first, texts in (("train", "f", train), ("val", "0", val))
+        for number, text in enumerate(texts)
     ]
+    random.Random(1).shuffle(documents)
     facts = {"documents": len(documents), "bytes": sum(len(each.text) for each in documents)}
     with atomic_folder(folder / "documents", facts) as temporary:
         list(write_shards(temporary, documents, 2000))
-    with atomic_folder(folder / "tokens", {"val_fraction": len(val) / len(texts)}) as temporary:
+    with atomic_folder(folder / "tokens", {"val_fraction": len(val) / len(documents)}) as temporary:
         for name in ("train", "val"):
             rows = [
                 (bytes.fromhex(each.id), len(each.text), np.frombuffer(each.text.encode(), np.uint8) % EOT)
                 for each in documents
-                if (each.id[0] == "0") == (name == "val")
+                if each.source.startswith(name)
             ]
-            if spoil:
-                spoil(name, rows)
+            spoil(name, rows)
             settings = {"vocab_size": EOT + 1, "eot_token": EOT, "tokenizer_sha256": "0" * 64}
             write_token_file(temporary / f"{name}.tokens", rows, **settings)
     return folder
 
 
-def write_split(folder, spoil=None):
+def write_split(folder, *spoil):
     """Write 36 train documents and 4 val documents that differ."""
     texts = random_texts(40)
-    return write_inputs(folder, texts[:36], texts[36:], spoil)
+    return write_inputs(folder, texts[:36], texts[36:], *spoil)
 
 
 def check(folder, params=PARAMS, num_workers=1):
@@ -76,10 +73,10 @@ def check(folder, params=PARAMS, num_workers=1):
 
 def failures(report):
     """What was found where an expectation failed: {column: {table: value}}."""
-    found = {}
+    found = defaultdict(dict)
     for each in report["expectations"]:
         if not each["success"]:
-            found.setdefault(each["column"], {})[each["table"]] = each["observed"]
+            found[each["column"]][each["table"]] = each["observed"]
     return found
 
 
@@ -107,22 +104,20 @@ def spoil_documents(name, rows):
 
 
 def test_documents_that_differ_from_the_corpus_are_counted(tmp_path):
-    report = check(write_split(tmp_path, spoil_documents))
-    expected = {"documents_that_differ": {"train": 2, "val": 2}, "ends_inside": {"val": 1}}
-    assert failures(report) == expected
+    found = failures(check(write_split(tmp_path, spoil_documents)))
+    assert found == {"documents_that_differ": {"train": 2, "val": 2}, "ends_inside": {"val": 1}}
 
 
 def test_altered_tokens_are_found_even_if_the_manifest_was_altered_too(tmp_path):
-    folder = write_split(tmp_path)
-    path = folder / "tokens/train.tokens"
+    path = write_split(tmp_path) / "tokens/train.tokens"
     content = bytearray(path.read_bytes())
     tokens = np.frombuffer(content, "<u2", offset=1024)
     tokens[10] = EOT + 6  # not in the vocabulary
     tokens[np.flatnonzero(tokens == EOT)[1]] = 3  # a document without end
     path.write_bytes(content)
-    change_manifest(folder, "files", "train.tokens", "sha256", value=sha256_file(path))
-    expected = {"highest_token": {"train": EOT + 6}, "documents_without_end": {"train": 1}}
-    assert failures(check(folder)) == expected
+    change_manifest(tmp_path, "files", "train.tokens", "sha256", value=sha256_file(path))
+    found = failures(check(tmp_path))
+    assert found == {"highest_token": {"train": EOT + 6}, "documents_without_end": {"train": 1}}
 
 
 def change_manifest(folder, *keys, value):
@@ -135,9 +130,8 @@ def change_manifest(folder, *keys, value):
 
 
 def test_a_val_split_that_is_too_small_or_not_a_fair_draw_is_found(tmp_path):
-    folder = write_split(tmp_path)
-    change_manifest(folder, "val_fraction", value=0.5)
-    found = failures(check(folder, PARAMS.model_copy(update={"min_val_documents": 5})))
+    change_manifest(write_split(tmp_path), "val_fraction", value=0.5)
+    found = failures(check(tmp_path, PARAMS.model_copy(update={"min_val_documents": 5})))
     # 4 of 40 where 20 are expected: 16 / sqrt(40 x .5 x .5) = 5.06 standard deviations
     deviations = pytest.approx({"train": 5.06, "val": 5.06}, abs=0.005)
     assert found == {"documents": {"val": 4}, "share_deviation": deviations}
@@ -175,11 +169,8 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
     val[4] = replace_words(val[3], 2)  # one within val
     val[5] = " ".join([*val[5].split()[:100], *train[21].split()[100:]])  # 20 words of one
     report = check(write_inputs(tmp_path, train, val))
-    names = {make_document(text, in_val=False).id: f"train {n}" for n, text in enumerate(train)}
-    names |= {make_document(text, in_val=True).id: f"val {n}" for n, text in enumerate(val)}
     scores = {
-        (each["kind"], names[each["id"]], names[each["twin"]["id"]]): each["score"]
-        for each in report["flagged"]
+        (each["kind"], each["source"], each["twin"]["source"]): each["score"] for each in report["flagged"]
     }
     near = pytest.approx(0.9, abs=0.1)
     # 60 words in a row hold 48 runs of 13, a document of 120 words has 108; 20 words hold 8.
@@ -194,7 +185,7 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
         ("overlap", "val 5", "train 21"): pytest.approx(8 / 108, abs=1e-6),
     }
     (pair,) = report["repeated"]
-    assert {names[pair["id"]], names[pair["twin"]["id"]]} == {"train 12", "train 13"}
+    assert {pair["source"], pair["twin"]["source"]} == {"train 12", "train 13"}
     assert report["repetition"]["near_duplicates"] == 8
     assert failures(report) == {
         "leaked_share": {"repetition": 0.2},
@@ -203,32 +194,29 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
 
 
 def test_a_text_that_occurs_very_often_is_found_in_train_for_each_copy_in_val(tmp_path):
-    texts = random_texts(31)
-    train = [f"{texts[0]} {'!' * n}" for n in range(30)] + texts[1:]
-    val = [f"{texts[0]} {'?' * n}" for n in range(20)]
-    numbers = check(write_inputs(tmp_path, train, val))["repetition"]
+    text, *others = random_texts(31)
+    train = [f"{text} {'!' * n}" for n in range(30)] + others
+    numbers = check(write_inputs(tmp_path, train, [f"{text} {'?' * n}" for n in range(20)]))["repetition"]
     assert (numbers["near_duplicates"], numbers["leaked_share"]) == (50, 1.0)
 
 
-# 300 characters of each script.
-UNSPACED = {
-    "Chinese": range(0x4E00, 0x5184),
-    "Japanese": [*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)],
-    "Thai": [*range(0xE01, 0xE2F), *range(0xE30, 0xE3A)],
-    "Lao": [*range(0xE94, 0xE98), *range(0xE99, 0xEA0), *range(0xEB0, 0xEBA)],
-    "Khmer": range(0x1780, 0x17C6),
-    "Burmese": range(0x1000, 0x1032),
-}
-
-
-@pytest.mark.parametrize("script", UNSPACED)
-def test_a_changed_character_does_not_hide_a_copy_in_a_script_without_spaces(tmp_path, script):
+@pytest.mark.parametrize(
+    "characters",
+    [
+        pytest.param(range(0x4E00, 0x5184), id="Chinese"),
+        pytest.param([*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)], id="Japanese"),
+        pytest.param([*range(0xE01, 0xE2F), *range(0xE30, 0xE3A)], id="Thai"),
+        pytest.param([*range(0xE94, 0xE98), *range(0xE99, 0xEA0), *range(0xEB0, 0xEBA)], id="Lao"),
+        pytest.param(range(0x1780, 0x17C6), id="Khmer"),
+        pytest.param(range(0x1000, 0x1032), id="Burmese"),
+    ],
+)
+def test_a_changed_character_does_not_hide_a_copy_in_a_script_without_spaces(tmp_path, characters):
     generator = random.Random(4)
-    train = ["".join(map(chr, generator.choices(UNSPACED[script], k=300))) for _ in range(20)]
-    val = [f"{text[:150]}{'一' if script == 'Chinese' else text[7]}{text[151:]}" for text in train]
+    train = ["".join(map(chr, generator.choices(characters, k=300))) for _ in range(20)]
+    val = [f"{text[:150]}{chr(characters[0])}{text[151:]}" for text in train]
     numbers = check(write_inputs(tmp_path, train, val))["repetition"]
-    assert numbers["leaked_share"] == 1.0
-    assert numbers["near_duplicates"] == 40
+    assert (numbers["near_duplicates"], numbers["leaked_share"]) == (40, 1.0)
     # All runs of 13 characters of a text are in its copy, but those that hold the changed character.
     assert numbers["runs_in_train"] == pytest.approx(20 * (288 - 13), rel=0.01)
 
@@ -243,8 +231,7 @@ def test_a_check_that_compared_hardly_anything_says_so(tmp_path):
 def test_the_report_does_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "_GROUPS_PER_WORKER", 1)
     texts = random_texts(60)
-    texts[7] = replace_words(texts[55], 2)
-    write_inputs(tmp_path, texts[:50], texts[50:])
+    write_inputs(tmp_path, texts[:50], [replace_words(texts[7], 2), *texts[50:]])
     one, two = (check(tmp_path, num_workers=number) for number in (1, 2))
     assert one == two
     assert one["flagged"]
@@ -255,7 +242,7 @@ def test_the_report_does_not_depend_on_the_workers(tmp_path, monkeypatch):
 
 def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp_path, monkeypatch):
     section = TREE["inspection"] | {"min_val_documents": 5}
-    YAML().dump(TREE | {"inspection": section}, tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(json.dumps(TREE | {"inspection": section}))  # JSON is YAML
     write_split(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
@@ -265,7 +252,8 @@ def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp
     assert "  val: documents: found 4, expected at least 5; add text" in done.output
     assert not json.loads(Path("reports/inspection.json").read_text())["success"]
     assert not Path("data/inspection.json").exists()
-    YAML().dump(TREE | {"inspection": section | {"min_val_documents": 4}}, tmp_path / "params.yaml")
+    section["min_val_documents"] = 4
+    (tmp_path / "params.yaml").write_text(json.dumps(TREE | {"inspection": section}))
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == 0, done.output
     assert json.loads(Path("data/inspection.json").read_text())["val"]["passed"]

@@ -22,8 +22,8 @@ def test_the_bytes_on_disk_are_the_documented_ones_and_are_read_back(tmp_path):
     write(tmp_path / "val.tokens")
     raw = (tmp_path / "val.tokens").read_bytes()
     assert raw.startswith(b"CGPTTOK\n")
-    header = {"version": 1, "dtype": "uint16", "tokens": 7, "documents": 3}
-    header |= {"vocab_size": 300, "eot_token": 299, "tokenizer_sha256": "ab" * 32}
+    header = {"version": 1, "dtype": "uint16", "tokens": 7, "documents": 3, "vocab_size": 300}
+    header |= {"eot_token": 299, "tokenizer_sha256": "ab" * 32}
     assert raw[8:1024] == json.dumps(header, sort_keys=True).encode().ljust(1015) + b"\n"
     assert np.frombuffer(raw[1024:], "<u2").tolist() == [1, 2, 3, 299, 299, 4, 299]
     split = token_files.open_tokens(tmp_path / "val.tokens")

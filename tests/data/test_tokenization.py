@@ -1,15 +1,14 @@
 """Documents become token files of two splits, the same with any workers, encoder and interruptions."""
 
-import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.errors import BadData
 from compactgpt.common.storage import atomic_folder, sha256_file, verified_manifest
 from compactgpt.config import Tokenization
 from compactgpt.data import documents as documents_module
@@ -18,10 +17,8 @@ from compactgpt.data.documents import Document, RowGroup, new_document
 from compactgpt.data.token_files import open_tokens
 from compactgpt.data.tokenization import SplitRule
 from compactgpt.data.tokenizer import load_encoding
-from stages.tokenization import app
 from tests.support.tiny_corpus import EOT, make_documents, make_tokenizer
 
-ROOT = Path(__file__).parents[2]
 HALF = Tokenization(val_fraction=0.5)
 ODD = "\0nul\x7f\ufeff\ufffd\U0010ffff\u088f é\u0301 <|endoftext|> \U000323b0's"
 TEXTS = [f"document {n} says hello world, {n * n} times\n{ODD if n % 9 == 0 else ''}" for n in range(60)]
@@ -75,30 +72,28 @@ def test_with_tail_val_is_the_end_of_the_corpus_at_whole_documents(tmp_path, tok
 def test_every_document_is_in_one_split_in_order_and_decodes_to_its_text(tmp_path, tokenizer, documents):
     report = tokenize(documents, tokenizer, tmp_path / "tokens")
     encoding = load_encoding(tokenizer)
+    every = [new_document(text, "") for text in TEXTS]
     for split in SPLITS:
-        every = [new_document(text, "") for text in TEXTS]
         expected = [each for each in every if (int(each.id, 16) < 2**127) == (split == "val")]
         file = open_tokens(tmp_path / "tokens" / f"{split}.tokens")
         assert file.document_ids == [each.id for each in expected]
         decoded = [encoding.decode(file.document(n).tolist()) for n in range(len(expected))]
         assert decoded == [each.text for each in expected]
         assert np.count_nonzero(file.tokens == EOT) == len(expected)  # none inside of a document
-        lengths = [len(encoding.encode_ordinary(each.text)) + 1 for each in expected]
         assert report[split] == {
             "documents": len(expected),
-            "tokens": sum(lengths),
+            "tokens": sum(len(encoding.encode_ordinary(each.text)) + 1 for each in expected),
             "bytes": sum(len(each.text.encode()) for each in expected),
-            "sha256": sha256_file(tmp_path / "tokens" / f"{split}.tokens"),
+            "sha256": sha256_file(file.path),
         }
 
 
 def test_the_files_are_the_same_with_any_workers_and_encoder(tmp_path, tokenizer, documents):
     slow = Tokenization(val_fraction=0.5, encoder="tiktoken")
     found = []
-    for number, (params, num_workers) in enumerate([(HALF, 1), (HALF, 3), (slow, 1)]):
-        folder = tmp_path / f"tokens{number}"
-        report = tokenize(documents, tokenizer, folder, params, num_workers=num_workers)
-        found.append((report, contents(folder)))
+    for params, num_workers in [(HALF, 1), (HALF, 3), (slow, 1)]:
+        report = tokenize(documents, tokenizer, tmp_path / "tokens", params, num_workers=num_workers)
+        found.append((report, contents(tmp_path / "tokens")))
     assert found[0] == found[1] == found[2]
 
 
@@ -109,22 +104,6 @@ def test_a_split_without_documents_is_refused_and_the_old_files_stay(tmp_path, t
         with pytest.raises(BadData, match=f"{empty} has none of the 60 documents: .*val_fraction"):
             tokenize(documents, tokenizer, tmp_path / "tokens", Tokenization(val_fraction=fraction))
     assert contents(tmp_path / "tokens") == before
-
-
-def test_the_stage_writes_files_and_report(tmp_path, monkeypatch, tokenizer, documents):
-    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    Path("data/documents").symlink_to(documents)
-    Path("data/tokenizer").symlink_to(tokenizer)
-    done = CliRunner().invoke(app, ["--tracker", "none"])
-    assert done.exit_code == 0, done.output
-    report = json.loads(Path("reports/tokenization.json").read_text())
-    assert report["val"]["sha256"] == sha256_file(Path("data/tokens/val.tokens"))
-    Path("data/documents").unlink()
-    done = CliRunner().invoke(app, ["--tracker", "none"])
-    assert done.exit_code == MissingInput.exit_code
-    assert "data/documents/manifest.json is missing" in done.output
 
 
 # --- interrupted runs
@@ -144,13 +123,10 @@ def test_an_interrupted_run_resumes_after_its_finished_shards_and_gives_the_same
     (chunks,) = (tmp_path / "state").iterdir()
     damaged = chunks / "documents-00001/train.tokens"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    encoded = []
-    read_row_group = tokenization.read_row_group
-    monkeypatch.setattr(
-        tokenization, "read_row_group", lambda group: encoded.append(group) or read_row_group(group)
-    )
+    read = Mock(side_effect=tokenization.read_row_group)
+    monkeypatch.setattr(tokenization, "read_row_group", read)
     tokenize(documents, tokenizer, tmp_path / "tokens")
-    shards = {group.path.stem for group in encoded}
+    shards = {call.args[0].path.stem for call in read.call_args_list}
     assert "documents-00001" in shards
     assert "documents-00000" not in shards
     tokenize(documents, tokenizer, tmp_path / "complete")
@@ -159,12 +135,12 @@ def test_an_interrupted_run_resumes_after_its_finished_shards_and_gives_the_same
 
 
 def test_chunks_of_other_inputs_are_deleted(tmp_path, tokenizer, documents):
-    keys = []
+    found = []
     for params in (HALF, Tokenization(val_fraction=0.4)):
         with pytest.raises(KeyboardInterrupt):
             tokenize(documents, tokenizer, tmp_path / "tokens", params, progress=interrupt)
-        keys += (tmp_path / "state").iterdir()
-    assert len(set(keys)) == len(keys) == 2
+        found += (tmp_path / "state").iterdir()
+    assert len(set(found)) == len(found) == 2
 
 
 def test_a_shard_that_is_not_utf8_is_refused_by_name(tmp_path, tokenizer):

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +15,7 @@ from tiktoken_ext import openai_public
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.data import tokenizer
-from compactgpt.data.tokenizer import (
-    GPT2_PATTERN,
-    GigatokenEncoder,
-    encode,
-    load_encoder,
-    load_encoding,
-    save_gpt2,
-)
+from compactgpt.data.tokenizer import GigatokenEncoder, encode, load_encoder, load_encoding, save_gpt2
 from tests.support.tiny_corpus import EOT, make_tokenizer, tokenizer_files
 
 WHEELS = Path(__file__).parents[2] / ".state" / "wheels"
@@ -45,18 +39,15 @@ def tiny(tmp_path_factory):
 # --- the folder
 
 
-def test_a_hand_worked_text(tiny):
+def test_a_hand_worked_text_and_the_ranks_and_pattern_of_tiktoken(tiny, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     h, e, hell, hello, space_w = ord("h") - 33, ord("e") - 33, 258, 259, 260
     found = load_encoding(tiny)
     assert found.encode_ordinary("hello wh ehhell") == [hello, space_w, h, ord(" ") + 188, e, h, hell]
     assert (found.eot_token, found.n_vocab) == (EOT, 262)
-
-
-def test_ranks_and_pattern_are_those_of_tiktoken(tiny, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     expected = data_gym_to_mergeable_bpe_ranks(str(tiny / "vocab.bpe"), str(tiny / "encoder.json"))
-    assert load_encoding(tiny)._mergeable_ranks == expected
-    assert openai_public.r50k_pat_str == GPT2_PATTERN
+    assert found._mergeable_ranks == expected
+    assert found._pat_str == openai_public.r50k_pat_str
 
 
 def test_known_ids_of_gpt2(tmp_path):
@@ -69,17 +60,14 @@ def test_known_ids_of_gpt2(tmp_path):
     assert fast("The future of AI is").tolist() == [464, 2003, 286, 9552, 318]
 
 
-def test_a_damaged_file_of_the_tokenizer_is_refused(tmp_path):
+def test_a_damaged_altered_or_missing_tokenizer_is_refused(tmp_path):
     vocab_bpe, encoder_json = tokenizer_files()
     twice = json.dumps(json.loads(encoder_json) | {"hello": 0}).encode()
     for damaged in (twice, encoder_json[:-8], b"\xff", b"[]", b'{"\u4e00": 0}', b'{"a": "b"}'):
         with pytest.raises(BadData, match=r"encoder\.json is not a file of GPT-2's tokenizer"):
             save_gpt2(tmp_path / "tokenizer", vocab_bpe, damaged)
-
-
-def test_an_altered_tokenizer_is_refused(tmp_path):
     folder = make_tokenizer(tmp_path / "tokenizer")
-    (folder / "vocab.bpe").write_bytes((folder / "vocab.bpe").read_bytes().replace(b"l l", b"l o"))
+    (folder / "vocab.bpe").write_bytes(vocab_bpe.replace(b"l l", b"l o"))
     with pytest.raises(BadData, match=r"vocab\.bpe was altered"):
         load_encoding(folder)
     with pytest.raises(MissingInput, match="dvc repro"):
@@ -101,7 +89,8 @@ def pairs():
     tokens = [bytes([byte]) for byte in range(256)] + every
     ranks = {token: rank for rank, token in enumerate(tokens)}
     special = {"<|endoftext|>": len(ranks)}
-    encoding = tiktoken.Encoding("pairs", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    pattern = openai_public.r50k_pat_str
+    encoding = tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     return GigatokenEncoder(encoding)
 
 
@@ -132,12 +121,7 @@ def test_ids_are_tiktokens_whatever_the_text(pairs, text):
 
 def test_ids_that_differ_from_tiktokens_stop_the_stage(pairs):
     encoder = GigatokenEncoder(pairs.encoding)
-
-    class Wrong:
-        def encode(self, text):
-            return np.zeros(len(text), np.uint32)
-
-    encoder._fast = Wrong()
+    encoder._fast = SimpleNamespace(encode=lambda text: np.zeros(len(text), np.uint32))
     with pytest.raises(BadData, match=r"begins 'hello.* tokenization\.encoder to tiktoken"):
         encoder.encode("hello wide world")
 

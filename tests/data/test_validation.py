@@ -11,7 +11,7 @@ from compactgpt.common.errors import CheckFailed
 from compactgpt.common.storage import atomic_folder
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, new_document, write_shards
-from compactgpt.data.validation import document_row, require_success, validate
+from compactgpt.data.validation import corpus_expectations, document_row, require_success, validate
 from stages.validation import app
 from tests.support.data_docs import compiled_once  # noqa: F401
 
@@ -46,15 +46,15 @@ def planted(kind, count=3):
     return [new_document(text.format(n), kind) for text in SPOILED[kind][0] for n in range(count)]
 
 
-def write_folder(folder, documents, **facts):
-    facts |= {"documents": len(documents), "bytes": sum(len(each.text.encode()) for each in documents)}
+def write_folder(folder, documents):
+    facts = {"documents": len(documents), "bytes": sum(len(each.text.encode()) for each in documents)}
     with atomic_folder(folder, facts) as temporary:
         list(write_shards(temporary, documents))
-    return folder
 
 
-def check(tmp_path, documents, bounds=BOUNDS, **facts):
-    return validate(write_folder(tmp_path / "documents", documents, **facts), tmp_path / "docs", bounds)
+def check(tmp_path, documents, bounds=BOUNDS):
+    write_folder(tmp_path / "documents", documents)
+    return validate(tmp_path / "documents", tmp_path / "docs", bounds)
 
 
 def failures(report):
@@ -81,7 +81,7 @@ def test_each_kind_of_bad_text_fails_its_expectation_and_no_other(tmp_path):
         key: (each["unexpected"], {row["source"] for row in each["examples"]})
         for key, each in failures(check(tmp_path, documents, bounds)).items()
     }
-    expected = {(SPOILED[kind][1], SPOILED[kind][2]): (3, {kind}) for kind in SPOILED}
+    expected = {(expectation, column): (3, {kind}) for kind, (_, expectation, column) in SPOILED.items()}
     expected[UNIQUE, "normalised"] = (6, {"twin"})
     expected[BETWEEN, "letter_share"] = (4, {"figures"})  # a blank text has no letter either
     expected["expect_column_values_to_not_be_null", "excerpt"] = (1, {"blank"})
@@ -119,14 +119,10 @@ def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_tw
     assert 0.4 < twins["unexpected"] / report["rows"] < 0.6
 
 
-def test_for_a_corpus_of_one_file_the_advice_is_to_cut_it(tmp_path):
-    one_file = [new_document("One file of text. " * 4, "corpus/input.txt")]
-    for documents, advice in (
-        (one_file, "the corpus is one file: set download.files.split, or"),
-        (GOOD[:5], "add text, or"),
-    ):
-        report = check(tmp_path, documents, corpus="files")
-        assert failures(report)[TOTAL, "documents"]["advice"].startswith(advice)
+@pytest.mark.parametrize(("documents", "advice"), [(1, "the corpus is one file: set"), (5, "add text, or")])
+def test_for_a_corpus_of_one_file_the_advice_is_to_cut_it(documents, advice):
+    expectations = corpus_expectations(BOUNDS, {"corpus": "files", "documents": documents})
+    assert expectations[0].meta["advice"].startswith(advice)
 
 
 # --- the stage and Data Docs

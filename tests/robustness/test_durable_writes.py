@@ -40,11 +40,12 @@ def write_folder(path):
 
 
 def test_what_was_written_is_synced_before_it_is_renamed_and_its_name_after(tmp_path, synced):
-    for write in (lambda path: storage.write_text(path, "new"), write_folder):
+    for kind, write in (("file", lambda path: storage.write_text(path, "new")), ("folder", write_folder)):
+        root = tmp_path / kind
         for name in ("out", "out", "not/yet/there"):
-            write(tmp_path / write.__name__ / name)
-            assert (tmp_path / write.__name__ / name).parent in synced
-        assert {tmp_path / write.__name__ / "not", tmp_path / write.__name__ / "not/yet"} <= synced
+            write(root / name)
+            assert (root / name).parent in synced
+        assert {root / "not", root / "not/yet"} <= synced
     journal = Journal(tmp_path, "training", {"tags": {}})
     journal.end("FINISHED")
     assert {journal.folder, journal.folder / "journal.jsonl"} <= synced

@@ -38,8 +38,6 @@ def make_wheel():
 
 
 WHEEL = make_wheel()
-
-
 LINK = f'<a href="/files/{NAME}#sha256={sha256(WHEEL).hexdigest()}">{NAME}</a>'
 
 
@@ -95,9 +93,9 @@ def raises_in_time(errors, message):
 def test_an_index_that_misbehaves_is_one_message_and_leaves_nothing(tmp_path, server, monkeypatch, fault):
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
+    pip = {"CONFIG_FILE": os.devnull, "NO_CACHE_DIR": "1", "INDEX_URL": f"{server.url}/simple"}
+    for name, value in pip.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setattr(wheels, "_TIMEOUT_SECONDS", "1")
     wanted = ("tiny==1.0", "tiny/a.bin", sha256(b"content").hexdigest(), tmp_path / "cache")
     server.fault = fault

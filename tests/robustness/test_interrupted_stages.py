@@ -18,14 +18,7 @@ import pytest
 
 from compactgpt.common.errors import Busy, DiskFull
 from tests.support.processes import ForkServer
-from tests.support.tiny_pipeline import (
-    STAGES,
-    make_place,
-    outs_of,
-    run_stage,
-    warm_up,
-    write_inputs,
-)
+from tests.support.tiny_pipeline import STAGES, make_place, outs_of, run_stage, warm_up, write_inputs
 
 QUICK = ("estimate", "download", "tokenization", "training", "baseline@unigram")
 WAYS = ("kill", "stop", "full disk")
@@ -75,14 +68,9 @@ def run_interrupted(stage, place, log, way="kill", at=-1):
 
 def files_of(place):
     """The files of a folder that are the same in two equal runs."""
-    files = (path for path in place.rglob("*") if path.is_file() and not path.is_symlink())
-    found = {path.relative_to(place).as_posix(): path for path in files}
-    return {name: path.read_bytes() for name, path in found.items() if not NOT_COMPARED.search(name)}
-
-
-def copy(source, target):
-    shutil.rmtree(target, ignore_errors=True)
-    return shutil.copytree(source, target, symlinks=True)
+    files = [path for path in place.rglob("*") if path.is_file() and not path.is_symlink()]
+    found = {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
+    return {name: content for name, content in found.items() if not NOT_COMPARED.search(name)}
 
 
 class Chain:
@@ -91,13 +79,13 @@ class Chain:
     def __init__(self, folder, stages):
         self.folder, self.log = folder, folder / "log"
         self.before, self.after, self.changes = {}, {}, {}
-        self.server = ForkServer(warm_up, stages, seconds=300)
+        self.server = ForkServer(warm_up, stages)
         place = make_place(folder / "chain")
         for generation in range(2):
             write_inputs(place, generation)
             for stage in stages:
                 if generation:
-                    copy(place, folder / "before" / stage)
+                    shutil.copytree(place, folder / "before" / stage, symlinks=True)
                     self.before[stage] = files_of(place)
                 assert self.run(stage, place) == 0, self.log.read_text()
                 if generation:
@@ -111,25 +99,27 @@ class Chain:
 
     def check_old_or_new(self, stage, found):
         """Each output is old, new or, between two renames of a folder, missing; all else is unchanged."""
+        outs = outs_of(stage)
+
+        def part(files, out):
+            return {name: content for name, content in files.items() if f"{name}/".startswith(f"{out}/")}
+
+        def rest(files):
+            return {name: files[name] for name in files if not name.startswith((".state/", *outs))}
+
         complete = {name: content for name, content in found.items() if not LEFTOVER.search(name)}
-        states, outs = (complete, self.before[stage], self.after[stage]), outs_of(stage)
         for out in outs:
-            now, old, new = (
-                {name: content for name, content in files.items() if f"{name}/".startswith(f"{out}/")}
-                for files in states
-            )
+            now, old, new = (part(files, out) for files in (complete, self.before[stage], self.after[stage]))
             is_partial_curve = out == CURVE and new[out].startswith(now.get(out, b""))
             is_missing = not now and out not in self.before[stage]
             assert now in (old, new) or is_partial_curve or is_missing, out
-        now, old, _ = (
-            {name: content for name, content in files.items() if not name.startswith((".state/", *outs))}
-            for files in states
-        )
-        assert now == old
+        assert rest(complete) == rest(self.before[stage])
 
 
 def try_moment(chain, stage, way, at):
-    place = copy(chain.folder / "before" / stage, chain.folder / "work")  # as it is before the stage
+    place = chain.folder / "work"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(chain.folder / "before" / stage, place, symlinks=True)
     code = chain.run(stage, place, way, at)
     printed = chain.log.read_text()
     allowed = {"kill": {-signal.SIGKILL}, "stop": {STOPPED}, "full disk": {DiskFull.exit_code, 0}}

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.dvc_projects import ENVIRONMENT, git
 from tests.support.tiny_pipeline import ROOT, make_place, params_tree, write_inputs
-from tests.support.tracking_store import git
 
 pytestmark = pytest.mark.robustness
 
@@ -52,20 +52,16 @@ class Repro:
     """A `dvc repro` in a process group of its own, as a terminal starts it."""
 
     def __init__(self, clone, *words, tracker="none"):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        environment |= {
-            "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join([str(clone / "src"), str(clone)]),
-            "COMPACTGPT_TRACKER": tracker,
-            "DVC_NO_ANALYTICS": "1",
-        }
-        self.clone, self.environment = clone, environment
+        foreign = ("DVC_", "MLFLOW_TRACKING_URI")
+        self.environment = {name: ENVIRONMENT[name] for name in ENVIRONMENT if not name.startswith(foreign)}
+        python_path = os.pathsep.join([str(clone / "src"), str(clone)])
+        self.environment |= {"PYTHONPATH": python_path, "COMPACTGPT_TRACKER": tracker}
+        self.clone = clone
         self.run("repair")  # as `make repro` begins
         self.states = set(clone.glob(".state/training/*/step-*"))
         self.dvc = subprocess.Popen(
             [PYTHON, "-m", "dvc", "repro", *words],
-            cwd=clone, env=environment, start_new_session=True, text=True,
+            cwd=clone, env=self.environment, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -114,8 +110,8 @@ class Repro:
 
 def results(clone):
     """The reports and the model."""
-    files = (path for name in ("reports", "models") for path in (clone / name).rglob("*") if path.is_file())
-    return {path.relative_to(clone).as_posix(): path.read_bytes() for path in files}
+    files = [*(clone / "reports").rglob("*"), *(clone / "models").rglob("*")]
+    return {path.relative_to(clone).as_posix(): path.read_bytes() for path in files if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -15,23 +15,10 @@ _context.set_forkserver_preload(["compactgpt.training.trainer", "torch._dynamo",
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "src")])
 
 
-def start(function: Callable[..., Any], *args: Any) -> multiprocessing.Process:
-    """Start `function(*args)` in a new process, on one thread."""
-    process = _context.Process(target=_on_one_thread, args=(function, *args))
-    process.start()
-    return process
-
-
-def wait(process: multiprocessing.Process, seconds: float = 60) -> int:
-    """Wait for a process. Returns its exit code, or minus the signal that ended it."""
-    process.join(seconds)
-    assert process.exitcode is not None, "the process hangs"
-    return process.exitcode
-
-
 def run(function: Callable[..., Any], *args: Any) -> int:
-    """Run `function(*args)` in a new process, and wait for it."""
-    return wait(start(function, *args))
+    """Run `function(*args)` in a new process. Returns its exit code, or minus the signal that ended it."""
+    (code,) = _run_all(function, [args])
+    return code
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
@@ -39,8 +26,17 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(_as_rank, rank, size, port, function, *args) for rank in range(size)]
-    return [wait(process) for process in processes]
+    return _run_all(_as_rank, [(rank, size, port, function, *args) for rank in range(size)])
+
+
+def _run_all(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[int]:
+    processes = [_context.Process(target=_on_one_thread, args=(function, *args)) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode is not None, "the process hangs"
+    return [process.exitcode for process in processes]
 
 
 def _on_one_thread(function: Callable[..., Any], *args: Any) -> None:
@@ -59,7 +55,7 @@ def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], *arg
 class ForkServer:
     """A process that calls `prepare` once, usually to import modules, and then runs functions in forks."""
 
-    def __init__(self, prepare: Callable[..., Any], *args: Any, seconds: float = 120) -> None:
+    def __init__(self, prepare: Callable[..., Any], *args: Any) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
         self._end, theirs = multiprocessing.Pipe()
@@ -67,12 +63,12 @@ class ForkServer:
         self._process = spawn.Process(target=_serve_forks, args=(theirs, prepare, args))
         self._process.start()
         theirs.close()
-        assert self._end.poll(seconds), "the server does not start"
+        assert self._end.poll(300), "the server does not start"
         self._end.recv()
 
-    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> int:
+    def run(self, function: Callable[..., Any], *args: Any) -> int:
         """Run `function(*args)` in a fork. Returns its exit code, or minus the signal that ended it."""
-        self._end.send((function, args, seconds))
+        self._end.send((function, args))
         code: int | None = self._end.recv()
         assert code is not None, "the fork hangs"
         return code
@@ -89,9 +85,9 @@ def _serve_forks(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]) -
     assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
     end.send(None)
     while True:
-        function, args, seconds = end.recv()
+        function, args = end.recv()
         fork = multiprocessing.get_context("fork").Process(target=function, args=args)
         fork.start()
-        fork.join(seconds)
+        fork.join(60)
         end.send(fork.exitcode)
         fork.kill()

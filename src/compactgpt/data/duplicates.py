@@ -49,14 +49,10 @@ def word_hashes(text: str) -> Hashes:
 
     In a script without spaces, each character is a word.
     """
-    return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
+    return np.fromiter((_hash(word.encode()) for word in _WORD.findall(text.lower())), np.uint64)
 
 
 @lru_cache(maxsize=2**19)  # keeps the hashes of 2^19 words, since most words occur many times
-def _word_hash(word: str) -> int:
-    return _hash(word.encode())
-
-
 def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 

@@ -196,13 +196,7 @@ def _describe(repeats: "pd.DataFrame", corpus: Digest) -> list[dict[str, Any]]:
     """Return the rows of `repeats` for the report, with ids and sources instead of document numbers."""
     numbers = sorted({*repeats["document"], *repeats["twin"]})
     names: dict[Any, Any] = corpus.documents.loc[numbers, ["id", "source"]].to_dict("index")
-    rows: list[dict[Any, Any]] = repeats.to_dict("records")
     return [
-        {
-            **names[row["document"]],
-            "kind": row["kind"],
-            "twin": names[row["twin"]],
-            "score": round(row["score"], 6),
-        }
-        for row in rows
+        {**names[row.document], "kind": row.kind, "twin": names[row.twin], "score": round(row.score, 6)}
+        for row in repeats.itertuples()
     ]

@@ -27,6 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 # A token file has a header of MAGIC and one line of JSON, and then the token ids of all documents.
 MAGIC = b"CGPTTOK\n"
 HEADER_BYTES = 1024  # number of bytes in the header, padded with spaces
+INDEX = ".index.safetensors"  # the suffix of a document index: `val.tokens` has `val.index.safetensors`
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
 # A document's number, and its tokens after a start token, which no model must predict.
@@ -43,11 +44,6 @@ class Header(BaseModel, frozen=True, strict=True):
     vocab_size: PositiveInt
     eot_token: Annotated[int, Field(ge=0, lt=2**32)]  # id of the end-of-text token
     tokenizer_sha256: str
-
-
-def index_path(path: Path) -> Path:
-    """Return the path of the document index of the token file at `path`."""
-    return path.with_suffix(".index.safetensors")
 
 
 @dataclass(frozen=True)
@@ -88,11 +84,9 @@ def pack_documents(
     A document is (16-byte id, length in UTF-8 bytes, token ids).
     """
     rows = list(documents)
-    end = np.array([eot_token], np.uint32)
-    closed = [part for _, _, tokens in rows for part in (tokens, end)]
-    joined = np.concatenate([np.empty(0, np.uint32), *closed])
+    closed = [np.append(tokens, eot_token) for _, _, tokens in rows]
+    joined = np.concatenate([np.empty(0, np.int64), *closed])
     ids = b"".join(document_id for document_id, _, _ in rows)
-    lengths = [len(tokens) + 1 for _, _, tokens in rows]  # end-of-text tokens included
     header = Header(
         dtype="uint16" if vocab_size <= 2**16 else "uint32",
         tokens=len(joined),
@@ -105,7 +99,7 @@ def pack_documents(
         path,
         header,
         joined.astype(header.dtype),
-        np.cumsum([0, *lengths], dtype=np.int64),
+        np.cumsum([0, *map(len, closed)], dtype=np.int64),
         np.array([byte_length for _, byte_length, _ in rows], np.int64),
         np.frombuffer(ids, np.uint8).reshape(-1, 16),
     )
@@ -129,7 +123,7 @@ def write_tokens(path: Path, parts: Sequence[TokenFile]) -> None:
         file.write(MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n")
         for part in parts:
             file.write(part.tokens.data)
-        write_bytes(index_path(path), save(index))
+        write_bytes(path.with_suffix(INDEX), save(index))
 
 
 # --- reading
@@ -140,7 +134,7 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
 
     `verify` compares both files with the hashes in the manifest, if there is one.
     """
-    index_file = index_path(path)
+    index_file = path.with_suffix(INDEX)
     for each in (path, index_file):
         if not each.exists():
             raise MissingInput(f"{each} is missing: run `dvc repro tokenization`")

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData, Unreachable, UserError
@@ -23,8 +25,7 @@ from compactgpt.data.documents import Document, RowGroup, read_row_group, row_gr
 from compactgpt.data.token_files import TokenFile, open_tokens, pack_documents, write_tokens
 from compactgpt.data.tokenizer import load_encoder
 
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, Split] = ("train", "val")
+SPLITS = ("train", "val")
 STATE_VERSION = 5  # version of the chunk format; chunks of another version are not used
 T = TypeVar("T")
 R = TypeVar("R")
@@ -81,7 +82,7 @@ def tokenize(
     settings = [params.val_fraction, params.split, params.encoder]
     inputs = json_bytes([STATE_VERSION, corpus["files"], facts, settings])
     chunks = state / hashlib.sha256(inputs).hexdigest()[:16]
-    for other in state.iterdir() if state.exists() else ():
+    for other in state.glob("*"):
         if other != chunks:
             shutil.rmtree(other, ignore_errors=True)
     encode = partial(
@@ -130,18 +131,16 @@ def encode_shard(
     with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
         return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
     encode = load_encoder(tokenizer, library)
-    parts: dict[Split, list[TokenFile]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[TokenFile]] = {split: [] for split in SPLITS}
     text_bytes = 0
     for group in groups:
-        rows: dict[Split, list[tuple[bytes, int, Any]]] = {split: [] for split in SPLITS}
         documents = read_row_group(group)
-        for document, in_val in zip(documents, rule.in_val(group, documents), strict=True):
-            byte_length = len(document.text.encode())
-            text_bytes += byte_length
-            row = (bytes.fromhex(document.id), byte_length, encode(document.text))
-            rows["val" if in_val else "train"].append(row)
-        for split in SPLITS:  # packing saves memory: a packed token takes 2 bytes instead of 4
-            parts[split].append(pack_documents(group.path, rows[split], **vocabulary))
+        rows = [(bytes.fromhex(each.id), len(each.text.encode()), encode(each.text)) for each in documents]
+        text_bytes += sum(byte_length for _, byte_length, _ in rows)
+        in_val = rule.in_val(group, documents)
+        # Packing saves memory: a packed token takes 2 bytes instead of 4.
+        for split, chosen in (("train", np.logical_not(in_val)), ("val", in_val)):
+            parts[split].append(pack_documents(group.path, compress(rows, chosen), **vocabulary))
     with atomic_folder(chunk, {"text_bytes": text_bytes}, kind="token chunk", private=True) as temporary:
         for split in SPLITS:
             write_tokens(temporary / f"{split}.tokens", parts[split])

@@ -115,11 +115,11 @@ def bound(
     expected = f"at most {most:,}" if most else "none"
     if least is not None:
         expected = f"at least {least:,}"
-    limits = {"min_value": least, "max_value": most}
     # In a table of one row, the maximum of a column is its value.
     return gxe.ExpectColumnMaxToBeBetween(
         column=column,
-        **{name: value for name, value in limits.items() if value is not None},
+        min_value=least,
+        max_value=most,
         description=f"{what}: {expected}",
         meta={"what": what, "expected": expected, "advice": advice},
     )
@@ -161,6 +161,8 @@ def document_expectations(params: Validation) -> list[Any]:
     damage = f"a share of U+FFFD (wrong decoding) of at most {params.max_replacement_share:g}"
     decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
     unique = f"{100 * params.min_unique_share:g} % of the documents are unique, case and spacing aside"
+    few_letters = "remove them, or lower validation.min_letter_share"
+    copies = "remove copies, or lower validation.min_unique_share"
     return [
         values("BeUnique", "id", "every id is unique", _ALTERED),
         values("MatchRegex", "id", "every id has 32 hex digits", _ALTERED, regex="^[0-9a-f]{32}$"),
@@ -168,21 +170,10 @@ def document_expectations(params: Validation) -> list[Any]:
         values("NotBeNull", "source", "every document names its source", _ALTERED),
         values("NotBeNull", "excerpt", "no document is blank", "remove the blank documents"),
         between("n_characters", length, cut, min_value=shortest, max_value=longest),
-        between(
-            "letter_share",
-            letters,
-            "remove them, or lower validation.min_letter_share",
-            min_value=params.min_letter_share,
-        ),
+        between("letter_share", letters, few_letters, min_value=params.min_letter_share),
         between("replacement_share", damage, decoding, max_value=params.max_replacement_share),
         between("n_nul", "no NUL character", f"{decoding}, or remove it if it is not text", max_value=0),
-        values(
-            "BeUnique",
-            "normalised",
-            unique,
-            "remove copies, or lower validation.min_unique_share",
-            mostly=params.min_unique_share,
-        ),
+        values("BeUnique", "normalised", unique, copies, mostly=params.min_unique_share),
     ]
 
 
