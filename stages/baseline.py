@@ -26,7 +26,7 @@ def main(
     from compactgpt.evaluation.tasks import run_tasks
     from compactgpt.evaluation.totals import write_totals
 
-    # DVC sets a variable: in a command, the shell would run the code in a name such as `$(code)`.
+    # DVC passes the name in a variable: in a command, the shell would run a name such as `$(code)`.
     name = name or os.environ.get("DVC_STAGE", "").partition("@")[2]  # `xz` for the stage `baseline@xz`
     if not name:
         raise typer.BadParameter(

@@ -67,7 +67,7 @@ def inspect(
 def passed(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return whether all checks passed, and the hash of each token file.
 
-    A new limit of a check changes neither, so training does not run again.
+    The limits of the checks are left out: DVC does not train again after a new limit.
     """
     return {name: {"passed": report["success"], "sha256": report[name]["sha256"]} for name in SPLITS}
 
@@ -174,8 +174,8 @@ def uncompared(report: Mapping[str, Any], words: int) -> str:
     if 2 * short <= total:
         return ""
     return (
-        f"{short:,} of {total:,} val documents have fewer than {words} words: in train, only whole copies of "
-        "these were searched; use longer documents, or lower inspection.overlap_words"
+        f"{short:,} of {total:,} val documents have fewer than {words} words: the check can find whole "
+        "copies of these in train, but no parts; use longer documents, or lower inspection.overlap_words"
     )
 
 

@@ -42,7 +42,7 @@ class SplitRule:
     def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
         """Return, for each document of a row group, whether the document is in val."""
         if self.val_start is None:
-            # The first 64 bits of a hash are as good as random, and stay the same when the corpus grows.
+            # The first 64 bits of a hash are as good as random. A document keeps its hash when the corpus grows.
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
         return [(group.path.name, group.number, row) >= self.val_start for row in range(len(documents))]
 
@@ -72,7 +72,7 @@ def tokenize(
 ) -> dict[str, Any]:
     """Write the token files of both splits into `folder`, and return the report.
 
-    `state` keeps finished chunks. Raises BadData if a split has no document.
+    `state` is the folder of finished chunks. Raises BadData if a split has no document.
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}

@@ -98,7 +98,7 @@ def unicode_to_bytes() -> dict[str, int]:
 
     The inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
     """
-    # The published files have no white space: such a byte is written as a character from U+0100 on.
+    # GPT-2's files write a byte that is not printable, or is a space, as a character from U+0100 on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
@@ -126,7 +126,7 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
 
 
 # UTF-8 of the characters that are new in Unicode 17, and of some older characters.
-# Only gigatoken knows which new characters are letters.
+# gigatoken and tiktoken cut words at new characters differently.
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 
