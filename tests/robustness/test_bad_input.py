@@ -34,11 +34,7 @@ from compactgpt.evaluation import baselines
 from compactgpt.gate import gate, references
 from compactgpt.model.huggingface import load_hf, save_hf
 from compactgpt.model.weights import load_model, save_model
-from compactgpt.reporting.claims import Claims, judge_claims
-from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.pages import render_comparison
-from compactgpt.reporting.schemas import read_sources
-from compactgpt.reporting.verify import Verification, check_numbers, run_check
+from compactgpt.reporting import claims, evidence, pages, schemas, verify
 from compactgpt.tracking.dvc_files import entries_of, outs
 from compactgpt.tracking.journal import journal_lines
 from compactgpt.training.checkpoint import load_newest_state, save_state
@@ -141,7 +137,7 @@ ACCEPTED = ROOT / "reports/accepted.json"
 
 
 def read_claims(tree, _folder):
-    judge_claims(check_section(tree, Claims, "claims.yaml").claims, {})
+    claims.judge_claims(check_section(tree, claims.Claims, "claims.yaml").claims, {})
 
 
 def read_lock(tree, _folder):
@@ -346,7 +342,7 @@ def project(tmp_path_factory):
 
 
 def sources(project):
-    return read_sources(project, project / "reports", project / "data", project / "models", PARAMS)
+    return schemas.read_sources(project, project / "reports", project / "data", project / "models", PARAMS)
 
 
 @examples(40)
@@ -354,12 +350,12 @@ def sources(project):
 def test_a_changed_report_is_a_difference_for_verify_and_no_bug_for_the_comparison(project, name, changes):
     path = project / f"reports/{name}.json"
     content = path.read_bytes()
-    found = Verification()
+    found = verify.Verification()
     path.write_bytes(change_json(content, changes))
     try:
-        is_refused(lambda: render_comparison(build_record(sources(project))))
+        is_refused(lambda: pages.render_comparison(evidence.build_record(sources(project))))
         if name in REPORTS[:2]:
-            assert not is_refused(run_check, check_numbers, project, PARAMS, found)
+            assert not is_refused(verify.run_check, verify.check_numbers, project, PARAMS, found)
             assert found.differences
     finally:
         path.write_bytes(content)

@@ -42,7 +42,7 @@ class SplitRule:
     def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
         """Return, for each document of a row group, whether the document is in val."""
         if self.val_start is None:
-            # The first 64 bits of a hash are as good as random. A document keeps its hash when the corpus grows.
+            # An id is a hash, as good as random. When the corpus grows, a document keeps its id and split.
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
         return [(group.path.name, group.number, row) >= self.val_start for row in range(len(documents))]
 
