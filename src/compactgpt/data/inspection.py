@@ -4,7 +4,7 @@ A flagged document is a val document that repeats another document.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +196,8 @@ def _describe(repeats: "pd.DataFrame", corpus: Digest) -> list[dict[str, Any]]:
     """Return the rows of `repeats` for the report, with ids and sources instead of document numbers."""
     numbers = sorted({*repeats["document"], *repeats["twin"]})
     names: dict[Any, Any] = corpus.documents.loc[numbers, ["id", "source"]].to_dict("index")
+    rows: Iterable[Any] = repeats.itertuples()
     return [
         {**names[row.document], "kind": row.kind, "twin": names[row.twin], "score": round(row.score, 6)}
-        for row in repeats.itertuples()
+        for row in rows
     ]
