@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from compactgpt.cli import app
 from compactgpt.common.errors import MissingInput
 from compactgpt.reporting.provenance import code_hashes, find_value, trace
-from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
+from compactgpt.tracking.dvc_files import Folder, entry_key, read_entries
 from compactgpt.tracking.store import open_store, run_of_value
 from tests.support.tracking_store import git
 
@@ -103,7 +103,7 @@ def test_the_run_that_wrote_what_the_lock_has_is_found(project, empty_store, mon
     assert run_of_value(project, "evaluation").startswith("no MLflow store here")
     (project / "mlflow.db").write_bytes(empty_store)
     store = open_store(project)
-    entry = read_chain(Folder(project)).entries["evaluation"]
+    entry = read_entries(Folder(project))["evaluation"]
     wanted = store.client.create_run(store.experiment, tags={"lock_entry": entry_key(entry)}).info.run_id
     monkeypatch.chdir(project)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])

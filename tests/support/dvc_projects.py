@@ -19,7 +19,7 @@ ENVIRONMENT = {
 
 
 def run(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command in a project; with `check`, a failure fails the test with what the command printed."""
+    """Run a command in a folder. With `check`, fail the test if the command fails."""
     done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -34,7 +34,7 @@ def dvc(folder: Path, *words: str) -> str:
 
 
 def git_repository(folder: Path, stages: dict[str, Any], **other: Any) -> Path:
-    """Create a git repository with DVC and a dvc.yaml of these stages; nothing is committed."""
+    """Create a git repository with DVC and a dvc.yaml of these stages, without a commit."""
     folder.mkdir(parents=True)
     git(folder, "init", "-q", "-b", "main")
     dvc(folder, "init", "-q")

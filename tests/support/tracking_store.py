@@ -1,4 +1,4 @@
-"""An empty MLflow store, a small repository under DVC's files, and journals: for the tests of tracking."""
+"""An MLflow store, a project with the files that DVC writes, and journals, for the tests of tracking."""
 
 import hashlib
 import json
@@ -16,12 +16,11 @@ from compactgpt.tracking.journal import Journal, process_facts
 from compactgpt.tracking.mlflow_logger import Logger
 from compactgpt.tracking.pipeline_run import run_folders
 from compactgpt.tracking.store import open_store
-
-IDENTITY = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+from tests.support import dvc_projects
 
 
 def made_store(folder: Path) -> bytes:
-    """Create a migrated, empty store: it takes seconds, copying it none."""
+    """Return the content of a new mlflow.db. To create one takes seconds, to copy it no time."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     open_store(folder)
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
@@ -30,7 +29,7 @@ def made_store(folder: Path) -> bytes:
 
 
 def enter_project(root: Path, store: bytes, monkeypatch, stages: str = "{}") -> Path:
-    """Create a project with an empty store, as the current folder."""
+    """Create a project with an empty store, and make it the current folder."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root.mkdir(parents=True, exist_ok=True)
     (root / "mlflow.db").write_bytes(store)
@@ -40,11 +39,7 @@ def enter_project(root: Path, store: bytes, monkeypatch, stages: str = "{}") -> 
 
 
 def git(root: Path, *words: str) -> str:
-    env = {**os.environ, **IDENTITY}
-    done = subprocess.run(
-        ["git", "-C", str(root), *words], check=True, capture_output=True, text=True, env=env
-    )
-    return done.stdout.strip()
+    return dvc_projects.git(root, *words).strip()
 
 
 def journal(root: Path, stage: str = "training", **start) -> Journal:
@@ -56,31 +51,29 @@ def journal(root: Path, stage: str = "training", **start) -> Journal:
 
 
 def copy(root: Path) -> bool:
-    """Copy every run folder to its store, as the child processes do; whether all are complete."""
-    done = []
-    for folder in run_folders(root):
-        folder.keep_after()
-        logger = Logger(folder, open_store(root, folder.start["store"]))
-        done.append(logger.copy())
+    """Copy every run folder to its store, as the child processes do. Return whether all are complete."""
+    loggers = [Logger(folder, open_store(root, folder.start["store"])) for folder in run_folders(root)]
+    done = [logger.copy() for logger in loggers]
+    for logger in loggers:
         logger.close()
     return all(done)
 
 
 def runs(root: Path, stage: str = "") -> list:
-    """Return the runs, oldest first; of one stage if it is named."""
+    """Return the runs of a stage, or of all stages, the oldest run first."""
     store = open_store(root)
     found = store.client.search_runs([store.experiment], order_by=["attributes.start_time"])
     return [run for run in found if stage in ("", run.data.tags["stage"])]
 
 
 def history(root: Path, run, key: str) -> list:
-    """Return step and value of each point of a metric."""
+    """Return the pairs (step, value) of a metric."""
     points = open_store(root).client.get_metric_history(run.info.run_id, key)
     return sorted((point.step, point.value) for point in points)
 
 
 def cache_out(root: Path, path: str) -> str:
-    """Put an output into DVC's cache as DVC does; returns its hash."""
+    """Copy an output to DVC's cache as DVC does, and return its MD5."""
 
     def keep(content: bytes, suffix: str = "") -> str:
         md5 = md5_of(content) + suffix
@@ -102,11 +95,13 @@ def cache_out(root: Path, path: str) -> str:
 def save_lock(
     root: Path, stages: dict[str, list[str]], deps: dict[str, list[str]] | None = None, **params
 ) -> None:
-    """Write a dvc.lock of stages with their outputs, as these are in the project."""
+    """Write dvc.lock for stages (name -> outputs), and copy outputs outside of reports/ to DVC's cache."""
 
     def named(path: str) -> dict[str, str]:
         return {"path": path, "hash": "md5", "md5": md5_path(root / path)}
 
+    for path in (path for paths in stages.values() for path in paths if not path.startswith("reports/")):
+        cache_out(root, path)
     entries = {
         stage: {
             "cmd": f"make {stage}",
@@ -124,7 +119,7 @@ def sha256(content: bytes) -> str:
 
 
 def ended_dvc(command: str = "dvc repro") -> dict:
-    """Return the facts of a process that stands for `dvc`, and has ended when the journals are read."""
+    """Return what a journal has of a `dvc` process; this process has ended."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     facts = {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "command": command}
     child.communicate(b"\n")
@@ -132,6 +127,6 @@ def ended_dvc(command: str = "dvc repro") -> dict:
 
 
 def stage_statuses(run) -> dict[str, tuple[str, str]]:
-    """Return what a pipeline run says of each stage: its status and the run that made its outputs."""
+    """Return the stages in the note of a pipeline's run: name -> (status, link to the run that made it)."""
     rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
     return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}

@@ -1,4 +1,4 @@
-"""DVC's files as DVC writes them: hashes of folders, the cache, the chain; and any version of them."""
+"""DVC's files: hashes of folders, the cache, dvc.yaml and dvc.lock."""
 
 import json
 import shutil
@@ -10,11 +10,13 @@ from compactgpt.common.errors import BadData, OutsideFolder
 from compactgpt.tracking.dvc_files import (
     Cache,
     Folder,
+    all_outs,
     checkout,
     entry_key,
     keep_lock,
     md5_path,
-    read_chain,
+    read_entries,
+    read_stages,
     restore_lock,
 )
 from tests.support import tracking_store
@@ -36,19 +38,18 @@ def root(tmp_path):
     (tmp_path / "x" / "b").write_text("2")
     (tmp_path / "x" / "a").write_text("1")
     tracking_store.save_lock(tmp_path, {"a": ["x"], "b@one": []})
-    tracking_store.cache_out(tmp_path, "x")
     return tmp_path
 
 
 def test_the_chain_has_the_items_of_a_matrix_and_the_hashes_of_dvc(root):
-    chain = read_chain(Folder(root))
-    assert [*chain.stages] == ["a", "b@one", "b@two"]
-    assert chain.out("x") == "8ea7b150bb7c692952804d00767e8840.dir"  # what `dvc add` of 3.67.1 writes for it
-    entry = chain.entries["a"]
+    entries = read_entries(Folder(root))
+    assert [*read_stages(Folder(root))] == ["a", "b@one", "b@two"]
+    assert all_outs(entries) == {"x": "8ea7b150bb7c692952804d00767e8840.dir"}  # as `dvc add` of 3.67.1 has it
+    entry = entries["a"]
     assert entry_key(entry) == entry_key(dict(reversed(entry.items())))
     assert entry_key(entry) != entry_key({**entry, "cmd": "other"})
     (root / "params.yaml").write_text("b: {names: 5}")
-    assert [*read_chain(Folder(root)).stages] == ["a"]
+    assert [*read_entries(Folder(root))] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_the_chain_has_the_items_of_a_matrix_and_the_hashes_of_dvc(root):
 def test_a_damaged_lock_is_refused_by_name(root, text):
     (root / "dvc.lock").write_text(text)
     with pytest.raises(BadData, match=r"^dvc\.lock .*: `git checkout dvc\.lock` restores it$"):
-        read_chain(Folder(root))
+        read_entries(Folder(root))
 
 
 @pytest.mark.parametrize(("kind", "path"), [("deps", "../other"), ("outs", "/etc/passwd"), ("outs", "")])
@@ -67,19 +68,19 @@ def test_a_lock_with_a_path_out_of_the_project_is_refused(root, kind, path):
     lock = {"schema": "2.0", "stages": {"a": {"cmd": "x", kind: [{"path": path, "md5": "0" * 32}]}}}
     (root / "dvc.lock").write_text(json.dumps(lock))
     with pytest.raises(OutsideFolder, match=r"the path .* is outside of the project"):
-        read_chain(Folder(root))
+        read_entries(Folder(root))
 
 
 def test_an_out_comes_from_the_cache_and_is_checked(root):
-    md5, target = md5_path(root / "x"), root / "copy"
+    md5, cache, place = md5_path(root / "x"), Cache(root), Folder(root)
     (root / "x" / "a").write_text("another")
-    assert checkout(Cache(root), Folder(root), "x", md5, target)
-    assert md5_path(target) == md5
-    assert not checkout(Cache(root), Folder(root), "dvc.yaml", "0" * 32, root / "other")
-    assert checkout(Cache(root), Folder(root), "dvc.yaml", md5_path(root / "dvc.yaml"), root / "other")
-    Cache(root).files(md5)["a"].write_text("3")
+    assert checkout(cache, place, "x", md5, root / "copy")
+    assert md5_path(root / "copy") == md5
+    assert not checkout(cache, place, "dvc.yaml", "0" * 32, root / "other")
+    assert checkout(cache, place, "dvc.yaml", md5_path(root / "dvc.yaml"), root / "other")
+    cache.files(md5)["a"].write_text("3")
     with pytest.raises(BadData, match="was altered"):
-        checkout(Cache(root), Folder(root), "x", md5, target)
+        checkout(cache, place, "x", md5, root / "copy")
 
 
 @pytest.mark.parametrize("md5", ["../../../../etc/passwd", "ab/../../" + "0" * 23])

@@ -1,13 +1,12 @@
-"""The run of a whole `dvc repro`: the status of every stage, and the results of the run's own stages only."""
+"""The run of a whole `dvc repro`: the status of every stage, and only metrics that belong to the run."""
 
-import json
 import time
 from pathlib import Path
 
 import pytest
 
 from compactgpt.common.errors import Unreachable
-from compactgpt.common.storage import read_json
+from compactgpt.common.storage import read_json, write_json, write_text
 from compactgpt.tracking import mlflow_logger, registry
 from compactgpt.tracking.journal import stage_metrics
 from compactgpt.tracking.mlflow_logger import sync
@@ -36,30 +35,26 @@ DEPS = {"evaluation": ["reports/training.json", "code"]}
 
 @pytest.fixture
 def root(tmp_path, empty_store, monkeypatch):
-    """A project of two stages, whose outputs dvc.lock has."""
+    """A project with two stages whose outputs are in dvc.lock."""
     stages = "{training: {cmd: x}, evaluation: {cmd: x}}"
     root = enter_project(tmp_path / "a b", empty_store, monkeypatch, stages)
-    (root / "params.yaml").write_text("model: {n_layer: 2}")
-    (root / "code").mkdir()
-    (root / "code/evaluation.py").write_text("1")
+    write_text(root / "params.yaml", "model: {n_layer: 2}")
+    write_text(root / "code/evaluation.py", "1")
     make(root, 4.5)
     return root
 
 
 def make(root: Path, loss: float) -> None:
     """Write the outputs of both stages, and dvc.lock."""
-    (root / "data/evaluation").mkdir(parents=True, exist_ok=True)
-    (root / "data/evaluation/compact.parquet").write_text(str(loss))
-    (root / "reports").mkdir(exist_ok=True)
-    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 20}))
-    (root / "reports/loss.csv").write_text("step,train_loss,val_loss\n1,5.0,\n2,4.0,4.5\n")
-    (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": loss}}))
-    tracking_store.cache_out(root, "data/evaluation")
+    write_text(root / "data/evaluation/compact.parquet", str(loss))
+    write_json(root / "reports/training.json", {"best_val_loss": 20})
+    write_text(root / "reports/loss.csv", "step,train_loss,val_loss\n1,5.0,\n2,4.0,4.5\n")
+    write_json(root / "reports/evaluation.json", {"loss": {"value": loss}})
     save_lock(root, STAGES, DEPS, model={"n_layer": 2})
 
 
 def run_stage(root: Path, name: str, pipeline: dict, status: str = "FINISHED") -> None:
-    """Log a stage as its script does."""
+    """Log one stage of a `dvc` process, as its script does."""
     run = journal(root, name, pipeline=pipeline)
     run.metrics(stage_metrics(name, read_json(root / f"reports/{name}.json")))
     run.artifact(root / f"reports/{name}.json", "reports")
@@ -203,10 +198,8 @@ def test_a_lock_that_is_empty_or_damaged_is_reported(root, lock, reason):
 
 def test_a_model_that_cannot_be_logged_leaves_the_run_complete_and_sync_tries_again(root, monkeypatch):
     monkeypatch.setattr(registry, "log_model", refuse)
-    (root / "models/compact").mkdir(parents=True)
     facts = {"files": {"model.safetensors": {"sha256": "0" * 64}}}
-    (root / "models/compact/manifest.json").write_text(json.dumps(facts))
-    tracking_store.cache_out(root, "models/compact")
+    write_json(root / "models/compact/manifest.json", facts)
     stages = {**STAGES, "training": ["models/compact", "reports/training.json"]}
     save_lock(root, stages, DEPS, model={"n_layer": 2})
     run_stage(root, "training", ended_dvc())
@@ -226,15 +219,15 @@ def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path):
     git(root, "add", "dvc.yaml", "params.yaml", "dvc.lock", "reports")
     git(root, "commit", "-qm", "x")
     baseline = git(root, "rev-parse", "HEAD")
-    (scratch := tmp_path / "scratch").mkdir()
-    (scratch / "dvc.yaml").write_bytes((root / "dvc.yaml").read_bytes())
-    (scratch / "params.yaml").write_text("model: {n_layer: 3}")
+    scratch = tmp_path / "scratch"
+    write_text(scratch / "dvc.yaml", (root / "dvc.yaml").read_text())
+    write_text(scratch / "params.yaml", "model: {n_layer: 3}")
     tags = {"dvc.experiment": "wide", "dvc.baseline": baseline}
     pipeline = ended_dvc("dvc exp exec-run --infofile x.run")
     journal(root, "training", pipeline=pipeline, workspace=str(scratch), tags=tags).end("FINISHED")
     assert not copy(root)  # no commit yet
     (root / "params.yaml").write_text("model: {n_layer: 3}")
-    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 1.0}))
+    write_json(root / "reports/training.json", {"best_val_loss": 1.0})
     save_lock(root, STAGES, DEPS, model={"n_layer": 3})
     git(root, "commit", "-qam", "wide")
     git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/wide", "HEAD")

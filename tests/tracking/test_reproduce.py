@@ -1,10 +1,10 @@
-"""A version runs again from what was recorded of it, by DVC itself; code of others needs consent."""
+"""A version runs again with DVC, and its hashes are compared; code of others needs consent."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +21,15 @@ from compactgpt.common.errors import (
     OutsideFolder,
     UserError,
 )
+from compactgpt.common.storage import write_json, write_text
 from compactgpt.tracking import reproduce as module
-from compactgpt.tracking.dvc_files import Commit, Folder, md5_path
-from compactgpt.tracking.journal import machine_facts, packages
+from compactgpt.tracking.dvc_files import md5_path
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.records import Version, find_version, parse_versions
+from compactgpt.tracking.records import Version, find_version, version_here
 from compactgpt.tracking.reproduce import DIFFERENT, IDENTICAL, ROUNDING, compare_hashes, find_missing
 from compactgpt.tracking.store import open_store
 from tests.support import tracking_store
-from tests.support.dvc_projects import dvc
-from tests.support.tracking_store import git
+from tests.support.dvc_projects import dvc, git, git_repository
 
 CHAIN = """
 stages:
@@ -68,23 +67,18 @@ FILES = {
     "params.yaml": "training:\n  steps: 3\n",
     "stages/download.py": DOWNLOAD,
     "stages/training.py": TRAINING,
+    "corpus/text": "some text",
     ".gitignore": "/data\n/models\n/.state\n/mlflow.db*\n/mlartifacts\n/corpus/text\n",
 }
-COMMAND = [sys.executable, "-c", "from compactgpt.cli import app; app()", "reproduce"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, empty_store):
     """A committed project whose pipeline ran with uncommitted changes, logged to MLflow."""
-    root = tmp_path_factory.mktemp("finished") / "a b"
+    root = git_repository(tmp_path_factory.mktemp("finished") / "a b", {})
     for path, content in FILES.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(content)
-    (root / "corpus").mkdir()
-    (root / "corpus/text").write_text("some text")
+        write_text(root / path, content)
     (root / "mlflow.db").write_bytes(empty_store)
-    git(root, "init", "-q")
-    dvc(root, "init", "-q")
     git(root, "add", ".")
     git(root, "commit", "-qm", "x")
     (root / "params.yaml").write_text("training:\n  steps: 4\n")
@@ -111,41 +105,34 @@ def version(root, tmp_path):
 
 @pytest.fixture
 def reproduce(root, monkeypatch):
-    """Reproduces a version, or the version of a name; the user confirms."""
+    """Reproduces a version, or the version with this name; the user confirms."""
 
     def run(version, log=lambda _: None):
         if isinstance(version, Version):
             monkeypatch.setattr(module, "find_version", lambda *_: version)
-        name = version.name if isinstance(version, Version) else version
-        return module.reproduce(name, root, log, lambda _: True)
+        return module.reproduce(str(version), root, log, lambda _: True)
 
     return run
 
 
 @pytest.fixture
 def commit_to_branch(root):
-    """Commits files (a path: a symbolic link) to a branch that is not in the history, for one test."""
-    names = []
+    """Commits files (a path: a symbolic link) to a new branch, and returns the name of the branch."""
 
     def commit(files):
-        names.append(f"branch-{len(names)}-{os.getpid()}")
-        tree = root.parent / names[-1]
-        git(root, "worktree", "add", "-q", "-b", names[-1], str(tree), "HEAD")
+        tree = Path(tempfile.mkdtemp(dir=root.parent))
+        git(root, "worktree", "add", "-q", "-b", tree.name, str(tree), "HEAD")
         for path, content in {"dvc.lock": (root / "dvc.lock").read_text(), **files}.items():
-            (tree / path).parent.mkdir(parents=True, exist_ok=True)
-            (tree / path).unlink(missing_ok=True)
             if isinstance(content, Path):
+                (tree / path).parent.mkdir(exist_ok=True)
                 (tree / path).symlink_to(content)
             else:
-                (tree / path).write_text(content)
+                write_text(tree / path, content)
             git(tree, "add", "-f", path)
         git(tree, "commit", "-qm", "\x1b[2Jof someone else")
-        git(root, "worktree", "remove", "--force", str(tree))
-        return names[-1]
+        return tree.name
 
-    yield commit
-    for name in names:
-        git(root, "branch", "-D", "-q", name)
+    return commit
 
 
 def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc(
@@ -185,7 +172,7 @@ def test_data_comes_from_the_projects_remote_and_a_changed_hash_is_different(
     (root / ".dvc/cache").rename(tmp_path / "cache")
     lock = version.place.read("dvc.lock").replace(md5_path(root / "models/compact").encode(), b"f" * 32)
     (version.place.root / "dvc.lock").write_bytes(lock)
-    changed, lines = replace(version), []  # its chain is read again
+    changed, lines = replace(version), []  # the copy reads the changed dvc.lock
     try:
         result = reproduce(changed, log=lines.append)
         assert lines[-1] == "the data was restored from DVC's cache or remote"
@@ -234,17 +221,14 @@ def test_another_processor_explains_a_small_difference_of_a_loss(
     tmp_path, loss, machine, params, verdict, why
 ):
     for name, value, changed in (("old", 4.857, {}), ("new", loss, params)):
-        (tmp_path / name / "reports").mkdir(parents=True)
-        (tmp_path / name / "reports/training.json").write_text(json.dumps({"val_loss": value}))
-        (tmp_path / name / "dvc.yaml").write_text("stages: {training: {cmd: x}}")
+        write_json(tmp_path / name / "reports/training.json", {"val_loss": value})
+        write_text(tmp_path / name / "dvc.yaml", "stages: {training: {cmd: x}}")
         tracking_store.save_lock(tmp_path / name, {"training": ["reports/training.json"]}, **changed)
-    facts, known = {**machine_facts(), **machine}, parse_versions(packages())
-    recorded = Version("run", Folder(tmp_path / "old"), machine=facts, packages=known)
-    second = Version("again", Folder(tmp_path / "new"))
-    result = compare_hashes(recorded, second, module.differences_here(recorded))
+    first, second = (version_here(name, tmp_path / name) for name in ("old", "new"))
+    result = compare_hashes(replace(first, machine=first.machine | machine), second)
     assert result.verdict == verdict
     assert why in result.why
-    assert result.lines()[-1].startswith(f"run: {verdict}, first in training: ")
+    assert result.lines()[-1].startswith(f"old: {verdict}, first in training: ")
 
 
 def test_an_unknown_name_a_run_without_a_lock_and_the_work_tree_are_refused(root, reproduce):
@@ -259,17 +243,16 @@ def test_an_unknown_name_a_run_without_a_lock_and_the_work_tree_are_refused(root
         reproduce("workspace")
 
 
-# --- a version is code of someone else
+# The code of a version can be from someone else.
 
 
 @pytest.fixture
 def victim(tmp_path):
-    """A file of the user's outside of the project."""
-    path = tmp_path / "victim/documents/a"
-    path.parent.mkdir(parents=True)
-    path.write_text("mine")
-    yield path
-    assert path.read_text() == "mine"
+    """A folder outside of the project, with a file that must not change."""
+    folder = tmp_path / "victim"
+    write_text(folder / "documents/a", "mine")
+    yield folder
+    assert (folder / "documents/a").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -280,10 +263,9 @@ def victim(tmp_path):
 def test_a_stage_with_a_path_out_of_the_checkout_never_runs(
     commit_to_branch, reproduce, victim, tmp_path, body
 ):
-    body = body.format(victim=victim.parents[1])
     files = {
-        "dvc.yaml": f"stages: {{evil: {{cmd: touch {tmp_path}/ran, {body}}}}}",
-        "params.yaml": f"training: {{steps: {victim.parents[1]}}}\n",
+        "dvc.yaml": f"stages: {{evil: {{cmd: touch {tmp_path}/ran, {body.format(victim=victim)}}}}}",
+        "params.yaml": f"training: {{steps: {victim}}}\n",
     }
     with pytest.raises(BadData, match=r"is outside of|s3"):
         reproduce(commit_to_branch(files))
@@ -293,7 +275,7 @@ def test_a_stage_with_a_path_out_of_the_checkout_never_runs(
 @pytest.mark.parametrize("path", ["models/compact", ".dvc/tmp", ".state"])
 def test_a_link_out_of_the_checkout_is_refused(commit_to_branch, reproduce, victim, path):
     with pytest.raises(OutsideFolder, match="is a symbolic link out of"):
-        reproduce(commit_to_branch({path: victim.parents[1]}))
+        reproduce(commit_to_branch({path: victim}))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +315,7 @@ def test_the_command_shows_code_of_others_and_runs_it_only_with_trust(root, comm
     (run,) = tracking_store.runs(root)
     done = CliRunner().invoke(app, ["reproduce", run.info.run_id])  # no terminal
     assert done.exit_code == NotAllowed.exit_code, done.output
-    for text in ("by a@b <a@b>", "changes  params.yaml", "download  python stages/download.py"):
+    for text in ("by a@example.com <", "changes  params.yaml", "download  python stages/download.py"):
         assert text in done.output
     command = f"touch {tmp_path}/ran"
     name = commit_to_branch({"dvc.yaml": f"stages: {{evil: {{cmd: '{command}'}}}}"})
@@ -351,17 +333,13 @@ def test_on_a_terminal_the_user_is_asked(root, commit_to_branch, tmp_path):
     name = commit_to_branch({"dvc.yaml": f"stages: {{evil: {{cmd: touch {tmp_path}/ran}}}}"})
     ours, terminal = os.openpty()
     os.write(ours, b"n\n")
-    done = subprocess.run(
-        [*COMMAND, name], cwd=root, stdin=terminal, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", "from compactgpt.cli import app; app()", "reproduce", name]
+    done = subprocess.run(command, cwd=root, stdin=terminal, capture_output=True, text=True, check=False)
     assert "Run this code? [y/N]" in done.stderr
     assert done.returncode == NotAllowed.exit_code
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_commit_of_the_present_history_needs_no_consent(root, version, commit_to_branch):
-    for name, expected in (("HEAD", True), (commit_to_branch({}), False)):
-        commit = git(root, "rev-parse", name)
-        found = module.is_in_history(replace(version, commit=commit, place=Commit(root, commit)), root)
-        assert found == expected
-    assert not module.is_in_history(version, root)
+    ours, theirs = (find_version(root, name, root) for name in ("HEAD", commit_to_branch({})))
+    assert [module.is_in_history(one, root) for one in (ours, theirs, version)] == [True, False, False]

@@ -17,6 +17,7 @@ from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import run_folders
 from compactgpt.tracking.store import open_store
 from tests.support import tracking_store
+from tests.support.dvc_projects import dvc
 from tests.support.tracking_store import copy, enter_project, history, journal, runs, stage_statuses
 
 START_SECONDS = 300.0  # of a busy machine
@@ -132,12 +133,6 @@ stages:
     deps: [stage.py, reports/training.json]
     outs: [reports/evaluation.json: {{cache: false}}]
 """
-
-
-def dvc(root: Path, *words: str) -> None:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the queue's worker calls `dvc`
-    env = {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path, **tracking_store.IDENTITY}
-    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, env=env, check=True)
 
 
 def test_every_experiment_has_a_complete_pipeline_run(tmp_path, empty_store, monkeypatch):

@@ -29,9 +29,10 @@ from compactgpt.tracking.dvc_files import (
     Commit,
     Folder,
     Place,
+    all_outs,
     commit_named,
     parse_yaml,
-    read_chain,
+    read_entries,
 )
 from compactgpt.tracking.journal import flatten, tracking_store
 
@@ -122,7 +123,7 @@ def read_reference(name: str, root: Path) -> Snapshot:
     if not (commit := commit_named(root, name)):
         raise BadConfig(f"--against {name}: git has no commit, branch, tag or DVC experiment of this name")
     version, label = Commit(root, commit), f"{name} ({commit[:9]})"
-    if not (md5 := read_chain(version).out(_DOCUMENTS)):
+    if not (md5 := all_outs(read_entries(version)).get(_DOCUMENTS)):
         advice = "choose a commit that was made after `dvc repro`"
         raise MissingInput(f"{label} has no evaluation in its dvc.lock: {advice}")
     try:

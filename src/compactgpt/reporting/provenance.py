@@ -11,7 +11,7 @@ from typing import Any
 from compactgpt.common.errors import BadData, MissingInput, UserError
 from compactgpt.common.git import git_text
 from compactgpt.common.storage import sha256_file
-from compactgpt.tracking.dvc_files import CODE, Folder, deps, outs, read_chain, read_stages, stages_before
+from compactgpt.tracking.dvc_files import CODE, Folder, deps, outs, read_entries, read_stages, stages_before
 
 RECORD = Path("reports/evidence.json")
 
@@ -49,7 +49,7 @@ def trace(root: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
     Raises BadData if dvc.lock has no entry for the value's stage.
     """
     stage = value["stage"]
-    entry = read_chain(Folder(root)).entries.get(stage)
+    entry = read_entries(Folder(root)).get(stage)
     if entry is None:
         raise BadData(f"dvc.lock or dvc.yaml has no stage {stage}: run `dvc repro`")
     lines = [

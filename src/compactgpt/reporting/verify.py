@@ -30,7 +30,7 @@ from compactgpt.tracking.dvc_files import (
     open_repo,
     outs,
     params_sha256,
-    read_chain,
+    read_entries,
 )
 
 _SHOWN = 5  # maximum number of differences that are printed for one file
@@ -119,7 +119,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
 
 def check_params(root: Path, _params: Params, found: Verification) -> None:
     """Compare the parameters' hash in each report with the parameters in dvc.lock."""
-    for stage, entry in read_chain(Folder(root)).entries.items():
+    for stage, entry in read_entries(Folder(root)).items():
         for path in outs(entry):
             if not path.startswith("reports/") or not path.endswith(".json") or not (root / path).exists():
                 continue

@@ -10,7 +10,7 @@ from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.git import git_text
 from compactgpt.evaluation.metrics import Interval, perplexity_ratio
 from compactgpt.evaluation.totals import Totals, read_totals
-from compactgpt.tracking.dvc_files import PARAMS, Cache, Folder, deps, outs, parse_yaml
+from compactgpt.tracking.dvc_files import PARAMS, Cache, Folder, all_outs, deps, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import Pair, Version, changed_environment, differing, find_version
 
@@ -61,8 +61,8 @@ class Difference:
 
 def compare(first: str, second: str, root: Path) -> Difference:
     """Return the differences between two versions, which `find_version` finds by name."""
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
-        a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(other))
+    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+        a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(scratch))
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
         return Difference(
             a.name,
@@ -83,9 +83,8 @@ def _params(version: Version) -> dict[str, Any]:
 
 def _data_hashes(version: Version) -> dict[str, str]:
     """Return the MD5 hashes of the corpus and of all outputs except reports, by path."""
-    found: dict[str, str] = {}
-    for entry in version.chain.entries.values():
-        found |= {path: md5 for path, md5 in outs(entry).items() if not path.startswith("reports/")}
+    found = {path: md5 for path, md5 in all_outs(version.entries).items() if not path.startswith("reports/")}
+    for entry in version.entries.values():
         found |= {path: md5 for path, md5 in deps(entry).items() if path == "corpus"}
     return found
 
@@ -93,16 +92,15 @@ def _data_hashes(version: Version) -> dict[str, str]:
 def _figures(version: Version) -> dict[str, Any]:
     """Return the metrics in a version's reports, by model and metric, such as `xz: loss`."""
     found = {}
-    for stage, entry in version.chain.entries.items():
+    for stage, entry in version.entries.items():
         name, _, item = stage.partition("@")
-        reports = [path for path in outs(entry) if path.endswith(".json") and name in _STAGES]
-        for path in reports:
+        for path in (path for path in outs(entry) if path.endswith(".json") and name in _STAGES):
             try:
-                found_here = numbers(json.loads(version.place.read(path) or "{}"))
+                values = numbers(json.loads(version.place.read(path) or "{}"))
             except (AttributeError, ValueError) as error:
                 advice = "restore the file, or compare another version"
                 raise BadData(f"{path} of {version.name} is not a JSON object: {advice}") from error
-            for key, value in found_here.items():
+            for key, value in values.items():
                 if key in _FIGURES or key.endswith(_LOSSES):
                     found[f"{item or name}: {key.removesuffix('.value')}"] = value
     return found
@@ -145,7 +143,7 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, I
 def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
     """Return a version's losses of each document, by model; None if they can't be found."""
     found: dict[str, Totals | None] = {}
-    for out, md5 in (item for entry in version.chain.entries.values() for item in outs(entry).items()):
+    for out, md5 in all_outs(version.entries).items():
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
         name = "compact.parquet" if out == "data/evaluation" else ""  # empty if the output is a file

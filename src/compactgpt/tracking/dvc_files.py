@@ -20,7 +20,7 @@ from compactgpt.common.git import git_text, run_git
 from compactgpt.common.sections import YAML_ERRORS, find_conflict
 from compactgpt.common.storage import inside, json_bytes, write_bytes
 
-LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
+LOCK, PARAMS, STAGES = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
 CODE = ("src/", "stages/")  # the folders of the project's code
 Entry = dict[str, Any]  # what dvc.lock has for one stage: the command, deps, params and outs
@@ -89,7 +89,7 @@ def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
 
 
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
-    """Return the entry of each stage in the content of dvc.lock.
+    """Return the entry of each stage in dvc.lock, whose content is `lock`.
 
     Raises BadData for invalid content, and OutsideFolder for a path outside the project.
     """
@@ -104,25 +104,14 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
     return stages
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The stages of dvc.yaml, in the order of the file, and their entries in dvc.lock."""
+def read_entries(place: Place) -> dict[str, Entry]:
+    """Return the entry in dvc.lock of each stage that has one, in the order of dvc.yaml.
 
-    stages: dict[str, Any]  # stage, such as `baseline@xz` -> its mapping in dvc.yaml
-    entries: dict[str, Entry]  # stage -> the stage's entry in dvc.lock
-    lock: bytes = b""  # the content of dvc.lock
-
-    def out(self, path: str) -> str:
-        """Return the MD5 of an output in dvc.lock; empty if dvc.lock lacks the output."""
-        return next((found for entry in self.entries.values() if (found := outs(entry).get(path))), "")
-
-
-def read_chain(place: Place) -> Chain:
-    """Read dvc.yaml and dvc.lock. Raises BadData if a file is not valid."""
-    # DVC keeps deleted stages in dvc.lock (treeverse/dvc#5293).
-    stages, lock = read_stages(place), place.read(LOCK) or b""
-    entries = {stage: entry for stage, entry in entries_of(lock).items() if stage in stages or not stages}
-    return Chain(stages, entries, lock)
+    Raises BadData if dvc.yaml or dvc.lock is not valid.
+    """
+    stages, entries = read_stages(place), entries_of(place.read(LOCK))
+    # DVC keeps deleted stages in dvc.lock (treeverse/dvc#5293), so only stages of dvc.yaml are used.
+    return {stage: entries[stage] for stage in stages or entries if stage in entries}
 
 
 def read_stages(place: Place) -> dict[str, Any]:
@@ -133,9 +122,9 @@ def read_stages(place: Place) -> dict[str, Any]:
     """
     params = parse_yaml(place.read(PARAMS), PARAMS)
     try:
-        return dict(_expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), params))
+        return dict(_expand(parse_yaml(place.read(STAGES), STAGES).get("stages", {}), params))
     except (AttributeError, TypeError, ValueError) as error:
-        raise BadData(f"{CHAIN} has an invalid stage: `git checkout {CHAIN}` restores the file") from error
+        raise BadData(f"{STAGES} has an invalid stage: `git checkout {STAGES}` restores the file") from error
 
 
 def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -204,6 +193,11 @@ def outs(entry: Entry) -> dict[str, str]:
     return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
+def all_outs(entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Return the MD5 of each output of all stages, by path."""
+    return {path: md5 for entry in entries.values() for path, md5 in outs(entry).items()}
+
+
 def deps(entry: Entry) -> dict[str, str]:
     """Return the MD5 of each dependency by path. The MD5 of a folder ends in `.dir`."""
     return {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
@@ -262,7 +256,7 @@ class Cache:
     def files(self, md5: str) -> dict[str, Path]:
         """Return an output's files: path in the output (`""` for a single file) -> path in the cache.
 
-        Raises MissingInput or OutsideFolder.
+        Raises MissingInput if the cache lacks a file, and OutsideFolder for an invalid hash or path.
         """
         if not md5.endswith(".dir"):
             return {"": self._object(md5)}
@@ -327,7 +321,7 @@ def open_repo(root: Path) -> Iterator[Any]:
             with Repo(str(root), config=settings) as repo:
                 yield repo
     except (DvcException, ImportError) as error:  # ImportError: a package such as dvc-s3 is missing
-        raise BadData(f"DVC can't read this version: {error}") from error
+        raise BadData(f"DVC can't read {STAGES} or {LOCK} in {root}: {error}") from error
 
 
 def stages_before(root: Path, name: str) -> list[str]:

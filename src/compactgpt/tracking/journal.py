@@ -21,7 +21,7 @@ from typing import Any
 from compactgpt.common.errors import BadConfig
 from compactgpt.common.git import DIFF, git_facts, uncommitted_changes, write_private
 from compactgpt.common.storage import fsync_folder, make_folder
-from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, TOKENS
+from compactgpt.tracking.dvc_files import LOCK, PARAMS, STAGES, TOKENS
 
 Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the repository has its own store
@@ -98,8 +98,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) ->
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:
     """Return all numbers of a nested report as floats, by dotted key such as `loss.value`."""
-    found = {key: value for key, value in flatten(report).items() if not isinstance(value, bool)}
-    return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+    return {
+        key: float(value)
+        for key, value in flatten(report).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
@@ -148,7 +151,7 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
 def process_facts() -> dict[str, Any]:
     """Return the host, id and start time of this process.
 
-    The key `pipeline`, if present, describes the `dvc` process above this process.
+    If a `dvc` process started this process, the key `pipeline` describes the `dvc` process.
     """
     import psutil
 
@@ -195,7 +198,7 @@ class Journal:
             return
         making = before.with_suffix(f".{os.getpid()}")
         making.mkdir()
-        for name in (LOCK, PARAMS, CHAIN, LOCKED):
+        for name in (LOCK, PARAMS, STAGES, LOCKED):
             if (workspace / name).is_file():
                 shutil.copyfile(workspace / name, making / name)
         if git_facts(workspace).get("git.dirty") == "true":

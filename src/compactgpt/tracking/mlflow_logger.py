@@ -19,7 +19,7 @@ from compactgpt.common.errors import Busy, MissingInput, UserError
 from compactgpt.common.git import git_facts
 from compactgpt.common.storage import read_json, write_json, write_text
 from compactgpt.tracking import journal, pipeline_run
-from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, Cache, Folder, parse_yaml
+from compactgpt.tracking.dvc_files import LOCK, PARAMS, STAGES, Cache, Folder, parse_yaml
 from compactgpt.tracking.journal import BEFORE, DEFAULT_URI, JournalFile, tracking_folder, tracking_store
 from compactgpt.tracking.pipeline_run import PIPELINE, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
@@ -143,15 +143,12 @@ class Logger:
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
             del tags["lock_sha256"]  # `sync` regards each run with this tag as finished
-        journal_names = {file.start["stage"]: file.folder.name for file in self.folder.stages()}
+        ran = {file.start["stage"]: self.copied[file.folder.name].run_id for file in self.folder.stages()}
         links = {}  # name of a stage -> link to the run that made its outputs
         for stage, entry in found.entries.items():
-            if stage in journal_names:
-                made_by = self.copied[journal_names[stage]].run_id
-                self.client.set_tag(made_by, "lock_entry", entry)
-            else:
-                made_by = self.store.find("lock_entry", entry)
-            if made_by:
+            if stage in ran:
+                self.client.set_tag(ran[stage], "lock_entry", entry)
+            if made_by := ran.get(stage) or self.store.find("lock_entry", entry):
                 links[stage] = f"[run {made_by[:8]}](#/experiments/{self.store.experiment}/runs/{made_by})"
         tags["mlflow.note.content"] = pipeline_run.describe(self.folder.command, found, links)
         time_ms = {"time_ms": self.folder.start["time_ms"]}
@@ -199,8 +196,8 @@ def sync(root: Path) -> str:
 
     Logs a run for dvc.lock if none exists. Raises the first error at the end.
     """
-    if not (root / CHAIN).exists():
-        raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
+    if not (root / STAGES).exists():
+        raise MissingInput(f"{STAGES} is missing in {root.resolve()}: run from the repository folder")
     problems: list[UserError] = []
     current, ended = tracking_store(), [one for one in run_folders(root) if not one.alive]
     for folder in ended:
@@ -221,7 +218,7 @@ def sync(root: Path) -> str:
         problems += _sync_store(root, wanted, folders)
     if problems:
         raise problems[0]
-    if _record_unrun(root, current):
+    if _record_unrun(root, current, lock):
         write_text(note, content)
     return current["uri"]
 
@@ -245,10 +242,12 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
     return problems
 
 
-def _record_unrun(root: Path, current: dict[str, str]) -> bool:
-    """Log a run with this dvc.lock if MLflow has none. Return whether MLflow has such a run now."""
+def _record_unrun(root: Path, current: dict[str, str], lock: str) -> bool:
+    """Log a run for dvc.lock if MLflow has none, and return whether MLflow has one now.
+
+    `lock` is the SHA-256 of dvc.lock.
+    """
     place, store = Folder(root), open_store(root, current)
-    lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
     with store_errors(current["uri"]):
         if store.find("lock_sha256", lock):
             return True

@@ -20,22 +20,11 @@ from compactgpt.common.errors import UserError
 from compactgpt.common.git import git_text
 from compactgpt.common.storage import MANIFEST, read_json
 from compactgpt.tracking import dvc_files, journal
-from compactgpt.tracking.dvc_files import (
-    LOCK,
-    MODEL,
-    PARAMS,
-    TOKENS,
-    Cache,
-    Chain,
-    Commit,
-    Entry,
-    Folder,
-    Place,
-)
+from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Commit, Entry, Folder, Place
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
 PIPELINE = "pipeline"  # the tag `stage` has this value in the run of a whole pipeline
-AFTER = "after"  # name of the folder with copies of the project's files, made after `dvc` has ended
+AFTER = "after"  # name of the folder with copies of the project's files, made after the end of `dvc`
 OUTCOME = "outcome.json"
 COMMIT_SECONDS = 30.0  # how long DVC may need to commit an experiment that has ended
 SKIPPED, NOT_REACHED = "skipped", "not reached"
@@ -89,7 +78,7 @@ class RunFolder:
     def locked(self, *, wait: bool = False) -> Iterator[bool]:
         """Lock the folder for a `with` block, and yield whether that succeeded.
 
-        If `wait` is true, it waits until the lock is free.
+        With `wait`, wait until the lock is free.
         """
         with open(self.path / "lock", "w") as file:
             try:
@@ -156,14 +145,14 @@ class RunFolder:
 
 def run_folders(root: Path) -> list[RunFolder]:
     """Return the run folders that have a journal, the oldest first."""
-    found = [RunFolder(path) for path in sorted(tracking_folder(root).glob("*/")) if path.is_dir()]
+    found = [RunFolder(path) for path in sorted(tracking_folder(root).glob("*/"))]
     return [folder for folder in found if folder.journals()]
 
 
 def find_outcome(
-    place: Place, before: Place, journals: list[JournalFile], command: str, tree: Path | None = None
+    place: Place, before: Place, journals: list[JournalFile], command: str, tree: Path | None
 ) -> Outcome:
-    """Return the status of a `dvc` process and the outcome of each stage.
+    """Return the outcome of a `dvc` process.
 
     Args:
         place: the files after the process.
@@ -173,25 +162,28 @@ def find_outcome(
         tree: the work tree, or None for a commit.
     """
     try:
-        chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
+        stages, locked = dvc_files.read_stages(place), dvc_files.read_entries(place)
+        old = dvc_files.entries_of(before.read(LOCK))
         params = dvc_files.parse_yaml(before.read(PARAMS) or place.read(PARAMS), PARAMS)
     except UserError as error:
         return Outcome(status="FAILED", reason=str(error))
     ran = {file.start["stage"]: file for file in journals}
-    found = Outcome()
-    for stage in chain.stages:  # in dvc.yaml, each stage follows all stages on which it depends
-        entry = chain.entries.get(stage, {})
+    found, made = Outcome(), dvc_files.all_outs(locked)
+    valid: dict[str, str] = {}  # path of an output of a stage with valid results -> its MD5
+    for stage in stages:  # in dvc.yaml, each stage follows all stages on which it depends
+        entry = locked.get(stage, {})
         found.stages[stage] = NOT_REACHED
         if stage in ran:
             found.stages[stage] = f"ran ({ran[stage].status.lower()})"
             is_valid = ran[stage].status == "FINISHED"
-        elif is_valid := _is_current(entry, chain, params, found.entries, tree):
+        elif is_valid := _is_current(entry, params, made, valid, tree):
             origin = "unchanged" if old.get(stage) == entry else "from the run cache of DVC"
             found.stages[stage] = f"{SKIPPED}: {origin}"
         if entry and is_valid:
             found.entries[stage] = dvc_files.entry_key(entry)
-    named = [stage for stage in chain.stages if {stage, stage.partition("@")[0]} & set(command.split())]
-    if missing := [stage for stage in named or chain.stages if stage not in found.entries]:
+            valid |= dvc_files.outs(entry)
+    named = [stage for stage in stages if {stage, stage.partition("@")[0]} & set(command.split())]
+    if missing := [stage for stage in named or stages if stage not in found.entries]:
         found.reason = f"`dvc` failed or was stopped: {LOCK} has no results for {', '.join(missing)}"
     ends = [*(file.status for file in journals), "FAILED" if found.reason else "FINISHED"]
     found.status = next(status for status in ("KILLED", "FAILED", "FINISHED") if status in ends)
@@ -199,16 +191,18 @@ def find_outcome(
 
 
 def _is_current(
-    entry: Entry, chain: Chain, params: Mapping[str, Any], valid: Mapping[str, str], tree: Path | None
+    entry: Entry, params: dict[str, Any], made: dict[str, str], valid: dict[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage's entry has the parameters in `params` and valid dependencies."""
+    """Return whether a stage's entry has the parameters in `params` and valid dependencies.
+
+    `made` has the MD5 of each output in dvc.lock, and `valid` only the outputs of stages with valid results.
+    """
     wanted = dvc_files.entry_params(entry)
     if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:
         return False
-    makers = {out: stage for stage, one in chain.entries.items() for out in dvc_files.outs(one)}
     for path, md5 in dvc_files.deps(entry).items():
-        inside = [out for out in makers if dvc_files.overlap(out, path)]
-        if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
+        inside = {out for out in made if dvc_files.overlap(out, path)}
+        if not inside <= valid.keys() or made.get(path, md5) != md5:
             return False
         # DVC commits an experiment only if all stages succeeded. So its commit needs no check.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
@@ -217,13 +211,13 @@ def _is_current(
 
 
 def outs(place: Place, found: Outcome) -> dict[str, str]:
-    """Return the MD5 of each output that belongs to a run, by path."""
-    entries = dvc_files.read_chain(place).entries if found.entries else {}
-    return {path: md5 for stage in found.entries for path, md5 in dvc_files.outs(entries[stage]).items()}
+    """Return the MD5 of each output of the stages that succeeded, by path."""
+    entries = dvc_files.read_entries(place) if found.entries else {}
+    return dvc_files.all_outs({stage: entries[stage] for stage in found.entries})
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield journal lines with the metrics of skipped stages, from reports in `after`."""
+    """Yield the metrics of skipped stages as journal lines, from the reports in the folder `after`."""
     for stage in found.entries:
         path = after / f"reports/{stage.replace('@', '/')}.json"
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():

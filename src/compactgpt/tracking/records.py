@@ -1,6 +1,7 @@
 """Find a version of the project: an MLflow run, a git revision, or the work tree."""
 
 import re
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,16 @@ from typing import Any
 
 from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitted_changes
-from compactgpt.tracking.dvc_files import CHAIN, LOCK, Chain, Commit, Folder, Place, commit_named, read_chain
+from compactgpt.tracking.dvc_files import (
+    LOCK,
+    STAGES,
+    Commit,
+    Entry,
+    Folder,
+    Place,
+    commit_named,
+    read_entries,
+)
 from compactgpt.tracking.journal import LOCKED, machine_facts, packages, tracking_store
 
 WORKSPACE = "workspace"  # name of the version in the current work tree
@@ -21,38 +31,32 @@ Pair = tuple[Any, Any]  # the values that two versions have; None for a version 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the project, and what is known about its machine."""
+    """A version of the project, with its machine and packages if they are known."""
 
     name: str  # the version's name in messages
     place: Place  # the folder or commit with params.yaml, dvc.lock, dvc.yaml and reports/
     commit: str = ""  # the full hash of the commit; empty if unknown
     diff: bytes | None = b""  # the uncommitted changes; None if the run did not save its changes
     machine: dict[str, str] = field(default_factory=dict)  # the result of `machine_facts`; empty if unknown
-    packages: dict[str, str] = field(default_factory=dict)  # package name -> version
+    packages: dict[str, str] = field(default_factory=dict)  # package name -> version; empty if unknown
 
     @cached_property
-    def chain(self) -> Chain:
-        """What dvc.yaml and dvc.lock of this version say about each stage."""
-        return read_chain(self.place)
+    def entries(self) -> dict[str, Entry]:
+        """The entry of each stage in this version's dvc.lock."""
+        return read_entries(self.place)
 
 
 def find_version(root: Path, wanted: str, scratch: Path) -> Version:
-    """Return the run, commit or workspace named `wanted`.
+    """Return the version named `wanted`: an MLflow run id, git revision, DVC experiment or `workspace`.
 
-    Args:
-        root: the repository.
-        wanted: an MLflow run id, git revision, DVC experiment or `workspace`.
-        scratch: an empty folder.
-
+    A run's files are downloaded into the folder `scratch`.
     Raises BadConfig for an unknown or ambiguous name, and MissingInput for a missing file.
     """
     if wanted == WORKSPACE:
-        if not (root / CHAIN).exists():
+        if not (root / STAGES).exists():
             raise MissingInput("dvc.yaml is missing: run from the repository folder")
         commit = git_facts(root).get("git.commit", "")
-        diff = uncommitted_changes(root)[0] if commit else b""
-        installed = parse_versions(packages())
-        return Version(WORKSPACE, Folder(root), commit, diff, machine_facts(), installed)
+        return version_here(WORKSPACE, root, commit, uncommitted_changes(root)[0] if commit else b"")
     if _RUN_ID.fullmatch(wanted) and (version := _find_run(root, wanted, scratch)):
         return version
     require_repository(root)
@@ -67,6 +71,11 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
     return Version(f"{wanted} ({commit[:9]})", place, commit, packages=pinned)
 
 
+def version_here(name: str, root: Path, commit: str = "", diff: bytes = b"") -> Version:
+    """Return the version in a folder, with this machine and its installed packages."""
+    return Version(name, Folder(root), commit, diff, machine_facts(), parse_versions(packages()))
+
+
 def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     """Return the version of the MLflow run whose id begins with `wanted`, or None."""
     from compactgpt.tracking.store import open_store, store_errors
@@ -79,9 +88,10 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
         if len(runs) > 1:
             raise BadConfig(f"the ids of {len(runs)} runs begin with {wanted}: type more of its characters")
         tags, run_id = runs[0].data.tags, runs[0].info.run_id
+        folder = tempfile.mkdtemp(dir=scratch)
         # The parent run is the run of the whole pipeline. It has the files.
-        store.client.download_artifacts(tags.get("mlflow.parentRunId", run_id), "", str(scratch))
-    name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(scratch)
+        store.client.download_artifacts(tags.get("mlflow.parentRunId", run_id), "", folder)
+    name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(Path(folder))
     if place.read(LOCK) is None:
         raise MissingInput(
             f"{name} has no dvc.lock: the stage was run by hand, or its `dvc` process has not ended "
@@ -99,7 +109,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
 
 
 def parse_versions(requirements: str) -> dict[str, str]:
-    """Return the version number of each package for this machine in a requirements file.
+    """Return the packages in a requirements file that are for this machine: name -> version number.
 
     The number 2.13.0+cpu becomes 2.13.0.
     """
@@ -118,7 +128,7 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
     """Return the keys with different values: key -> (value in `a`, value in `b`)."""
-    return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def changed_environment(a: Version, b: Version) -> dict[str, Pair]:
@@ -126,6 +136,6 @@ def changed_environment(a: Version, b: Version) -> dict[str, Pair]:
 
     Packages that only one version has are left out.
     """
-    common = sorted(a.packages.keys() & b.packages.keys())
-    packages = differing(*({name: one.packages[name] for name in common} for one in (a, b)))
+    pairs = differing(a.packages, b.packages)
+    packages = {name: pairs[name] for name in sorted(pairs) if None not in pairs[name]}
     return packages | (differing(a.machine, b.machine) if a.machine and b.machine else {})

@@ -10,7 +10,7 @@ from typing import Any
 
 from compactgpt.common.errors import CheckFailed, MissingInput
 from compactgpt.data.hub import one_line
-from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Folder, checkout, read_chain
+from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Folder, all_outs, checkout, read_entries
 from compactgpt.tracking.journal import DEFAULT_URI, MAX_DIGEST, tracking_store
 from compactgpt.tracking.store import Store, open_store, store_errors
 
@@ -54,9 +54,9 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(scratch)
-        chain = read_chain(after)
+        made = all_outs(read_entries(after))  # path of an output -> its MD5
         for path in (MODEL, TOKENIZER):
-            if not checkout(cache, Folder(folder), path, chain.out(path), folder / path):
+            if not checkout(cache, Folder(folder), path, made.get(path, ""), folder / path):
                 raise MissingInput(f"DVC's cache lacks {path}: `dvc repro` or `dvc pull` restores it")
         import mlflow
         from huggingface_hub import ModelCard
@@ -97,8 +97,8 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
 def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with the SHA-256 `weights` as champion and return its version number.
 
-    Raises MissingInput for an unknown model, and CheckFailed if its configuration differs from the champion's
-    and `reason` is empty.
+    Raises MissingInput for an unknown model.
+    Without a reason, raises CheckFailed if the configuration is not the champion's.
     """
     import mlflow
 
@@ -132,7 +132,7 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
 def download_model(uri: str, folder: Path) -> Path:
     """Download a model into an empty folder and return its folder in Hugging Face's format.
 
-    `uri` is, for example, `models:/NAME@ALIAS`. Raises MissingInput for an unknown URI.
+    A URI is, for example, `models:/NAME@ALIAS`. Raises MissingInput for an unknown URI.
     """
     address = tracking_store()["uri"]
     if address == DEFAULT_URI and not Path("mlflow.db").exists():

@@ -1,7 +1,4 @@
-"""Run an earlier state of the project again in a temporary checkout.
-
-Then compare hashes and losses with the first run.
-"""
+"""Run a version of the project again in a temporary checkout, and compare the hashes and losses."""
 
 import json
 import logging
@@ -9,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +15,15 @@ from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput, NotAl
 from compactgpt.common.git import git_text, require_repository
 from compactgpt.common.storage import inside, temporary_path, write_bytes, write_text
 from compactgpt.tracking.dvc_files import (
-    CHAIN,
     CODE,
     LOCK,
     PARAMS,
+    STAGES,
     Cache,
     Commit,
     Entry,
-    Folder,
     Place,
+    all_outs,
     deps,
     entry_params,
     md5_of,
@@ -34,28 +31,21 @@ from compactgpt.tracking.dvc_files import (
     open_repo,
     outs,
 )
-from compactgpt.tracking.journal import machine_facts, numbers, packages
-from compactgpt.tracking.records import (
-    WORKSPACE,
-    Pair,
-    Version,
-    changed_environment,
-    find_version,
-    parse_versions,
-)
+from compactgpt.tracking.journal import numbers
+from compactgpt.tracking.records import WORKSPACE, Version, changed_environment, find_version, version_here
 
 # The corpus may have changed since the run, so this stage's outputs come from DVC's cache.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # Rounding can explain losses that differ by up to 1 %. The largest measured difference was 0.15 %.
 LOSS_TOLERANCE = 0.01
-# Keys of `differences_here` that can change the rounding of results.
+# Packages and machine facts that can change the rounding of results.
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
 # DVC's settings in the checkout. The checkout has its own cache and no remote.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
-# Folders of .state without downloaded files, which are not copied.
+# Folders of .state that are not linked into the checkout, because they have no downloaded files.
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
-# The keys of losses in reports end in these names.
+# A number in a report is a loss if its key ends in one of these names.
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
 
@@ -65,8 +55,8 @@ class Result:
 
     name: str  # the version's name
     verdict: str  # IDENTICAL, ROUNDING or DIFFERENT
-    first: str  # the first stage that differs; empty if all stages are identical
-    why: str  # the reason for the verdict, as a sentence
+    first: str  # the first stage that differs; empty if no stage differs
+    why: str  # the reason for the verdict
     stages: dict[str, str]  # stage -> IDENTICAL, or the stage's first difference, such as `other code`
 
     def lines(self) -> list[str]:
@@ -78,24 +68,20 @@ class Result:
 
 
 def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
-    """Return sentences about missing inputs, and sentences about differences of the machine.
+    """Return what this machine lacks to run a version again, and how it differs, as sentences.
 
-    `wanted` is a name for `find_version`.
+    `wanted` is the version's name for `find_version`.
     """
     with _temporary_folder(root) as folder:
         version = _find(wanted, root, folder)
-        return find_missing(version, root), _describe(differences_here(version))
+        changes = _machine_changes(version, version_here("this machine", root))
+        return find_missing(version, root), list(changes.values())
 
 
 def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
-    """Run `wanted` again, and compare the outputs.
+    """Run the version named `wanted` again, and compare its outputs.
 
-    Args:
-        wanted: MLflow run, git revision or DVC experiment.
-        root: the repository.
-        log: prints a message.
-        confirm: shows the commands, and returns whether to run them.
-
+    `log` prints a message. `confirm` shows the commands, and returns whether to run them.
     Raises MissingInput, OutsideFolder, NotAllowed or CheckFailed.
     """
     root = root.resolve()
@@ -118,7 +104,7 @@ def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Call
             log("the download stage runs again")
         if _run_dvc(tree):
             raise CheckFailed("the version can't be run again: a stage failed, read its message above")
-        return compare_hashes(version, Version("the second run", Folder(tree)), differences_here(version))
+        return compare_hashes(version, version_here("the second run", tree))
 
 
 @contextmanager
@@ -139,12 +125,11 @@ def _find(wanted: str, root: Path, folder: Path) -> Version:
             f"{WORKSPACE} is not a run: use a run id (`make ui` shows all runs) or a git revision"
         )
     require_repository(root)
-    (folder / "artifacts").mkdir()
-    return find_version(root, wanted, folder / "artifacts")
+    return find_version(root, wanted, folder)
 
 
 def find_missing(version: Version, root: Path) -> list[str]:
-    """Return what this machine lacks to run a version again, as a list of sentences."""
+    """Return what is missing to run a version again, as sentences."""
     if not version.commit:
         return ["the run names no commit: it did not run in a git repository"]
     try:
@@ -153,25 +138,19 @@ def find_missing(version: Version, root: Path) -> list[str]:
         return [f"git lacks commit {version.commit[:9]}: `git fetch --all` may fetch it"]
     missing = ["the run had uncommitted changes that were not kept"] if version.diff is None else []
     missing += [f"the run has no {name}" for name in (PARAMS, LOCK) if version.place.read(name) is None]
-    entry, cache = version.chain.entries.get(DATA, {}), Cache(root)
+    entry, cache = version.entries.get(DATA, {}), Cache(root)
     has_data = all(cache.has(md5) or version.place.read(path) for path, md5 in outs(entry).items())
     if not has_data and md5_path(root / CORPUS) != deps(entry).get(CORPUS, ""):
         missing.append(f"DVC's cache lacks the data, and {CORPUS} has changed since the data was made")
     return missing
 
 
-def differences_here(version: Version) -> dict[str, Pair]:
-    """Return how processor, settings and packages of a version's machine differ from this machine."""
-    installed = parse_versions(packages())
-    here = Version("here", Folder(Path()), machine=machine_facts(), packages=installed)
-    return changed_environment(version, here)
-
-
-def _describe(environment: Mapping[str, Pair]) -> list[str]:
-    return [
-        f"{name} was {old or 'missing'}, on this machine it is {new or 'missing'}"
-        for name, (old, new) in environment.items()
-    ]
+def _machine_changes(version: Version, here: Version) -> dict[str, str]:
+    """Return a sentence for each package and machine fact that differs on this machine, by name."""
+    return {
+        name: f"{name} was {old or 'missing'}, on this machine it is {new or 'missing'}"
+        for name, (old, new) in changed_environment(version, here).items()
+    }
 
 
 def is_in_history(version: Version, root: Path) -> bool:
@@ -183,7 +162,7 @@ def is_in_history(version: Version, root: Path) -> bool:
 
 
 def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
-    """Check out a version, and return lines that describe its code to the user."""
+    """Check out a version into the folder `tree`, and return lines that describe its code."""
     # The checkout is another repository, so its code can't change a branch of the project.
     no_hooks = ("-c", f"core.hooksPath={os.devnull}")
     git_text(root, "clone", "--quiet", "--shared", "--no-checkout", "--template=", str(root), str(tree))
@@ -231,12 +210,12 @@ def _copy_downloads(root: Path, tree: Path) -> None:
 
 
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
-    """Restore the outputs of the download stage. Return False if one is missing."""
+    """Restore the outputs of the download stage, and return whether all were found."""
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.transfer import transfer
 
-    entry = version.chain.entries.get(DATA, {})
+    entry = version.entries.get(DATA, {})
     for path, md5 in outs(entry).items():
         content = version.place.read(path)
         if content is not None and md5_of(content) == md5:  # the run or the commit has this file
@@ -251,7 +230,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
             with suppress(Exception):  # each kind of remote raises its own exceptions
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
         write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is valid YAML
-        stage = f"{tree / CHAIN}:{DATA}"  # without the path, DVC reads dvc.yaml in the current folder
+        stage = f"{tree / STAGES}:{DATA}"  # without the path, DVC reads dvc.yaml in the current folder
         try:
             repo.checkout([stage], force=True)
             logging.getLogger("dvc").setLevel(logging.WARNING)  # otherwise DVC prints to stdout
@@ -278,31 +257,26 @@ def _run_dvc(tree: Path) -> int:
     return done.returncode
 
 
-def compare_hashes(version: Version, second: Version, environment: dict[str, Pair]) -> Result:
-    """Compare the outputs of two runs.
+def compare_hashes(version: Version, second: Version) -> Result:
+    """Compare the outputs of a version with those of its second run, on this machine.
 
-    - IDENTICAL: equal hashes.
-    - ROUNDING: equal code and parameters, an environment with other rounding;
+    - IDENTICAL: all hashes are equal.
+    - ROUNDING: code and parameters are equal, the machines round differently, and
       losses differ by at most LOSS_TOLERANCE.
     - DIFFERENT: all other cases.
     """
-    old, new = version.chain.entries, second.chain.entries
-    known = [stage for stage in version.chain.stages if stage in old]
-    stages = {stage: _first_change(old[stage], new.get(stage)) for stage in known}
+    old, new = version.entries, second.entries
+    stages = {stage: _first_change(entry, new.get(stage)) for stage, entry in old.items()}
     changed = {stage: change for stage, change in stages.items() if change != IDENTICAL}
     if not changed:
         why = f"every output of {len(stages)} stages has the recorded hash"
         return Result(version.name, IDENTICAL, "", why, stages)
-    files = [
-        path
-        for stage in changed
-        for path, md5 in outs(old[stage]).items()
-        if outs(new.get(stage, {})).get(path) != md5
-    ]
+    again = all_outs(new)
+    files = [path for path, md5 in all_outs(old).items() if again.get(path) != md5]
     reports = [path for path in files if path.endswith(".json")]
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
-    causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
+    causes = [text for name, text in _machine_changes(version, second).items() if name in _ARITHMETIC]
     # Rounding changes outputs and so the inputs of later stages.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]

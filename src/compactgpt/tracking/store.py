@@ -13,7 +13,7 @@ from typing import Any
 
 from compactgpt.common.errors import Unreachable, UserError
 from compactgpt.common.git import DIFF
-from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
+from compactgpt.tracking.dvc_files import Folder, entry_key, read_entries
 from compactgpt.tracking.journal import (
     DEFAULT_URI,
     MAX_DIGEST,
@@ -203,7 +203,7 @@ def run_of_value(root: Path, stage: str) -> str:
     """
     if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
         return "no MLflow store here: `make repro` creates mlflow.db"
-    entry, store = read_chain(Folder(root)).entries.get(stage), open_store(root)
+    entry, store = read_entries(Folder(root)).get(stage), open_store(root)
     with store_errors(tracking_store()["uri"]):
         run_id = store.find("lock_entry", entry_key(entry)) if entry else ""
     return f"{run_id} ({stage})" if run_id else f"no run in MLflow made the outputs of {stage} in dvc.lock"

@@ -20,7 +20,7 @@ from compactgpt.training.optim import lr_multiplier
 from compactgpt.training.trainer import Callbacks
 
 SAMPLE_TOKENS = 40  # number of new tokens in a sample text
-# The val loss must rise by this, in nats per token, to count as overfitting.
+# A rise of the val loss by this much, in nats per token, counts as overfitting.
 OVERFITTING = 0.1
 
 
