@@ -152,14 +152,10 @@ def run_folders(root: Path) -> list[RunFolder]:
 def find_outcome(
     place: Place, before: Place, journals: list[JournalFile], command: str, tree: Path | None
 ) -> Outcome:
-    """Return the outcome of a `dvc` process.
+    """Return the outcome of the `dvc` process that ran `command`.
 
-    Args:
-        place: the files after the process.
-        before: the files before the process.
-        journals: one for each stage that ran.
-        command: the `dvc` command.
-        tree: the work tree, or None for a commit.
+    `place` has the files after the process, and `before` the files before the process.
+    `tree` is the work tree, or None for a commit.
     """
     try:
         stages, locked = dvc_files.read_stages(place), dvc_files.read_entries(place)
@@ -195,7 +191,7 @@ def _is_current(
 ) -> bool:
     """Return whether a stage's entry has the parameters in `params` and valid dependencies.
 
-    `made` has the MD5 of each output in dvc.lock, and `valid` only the outputs of stages with valid results.
+    `made` has all outputs in dvc.lock, and `valid` the outputs of stages with valid results.
     """
     wanted = dvc_files.entry_params(entry)
     if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:

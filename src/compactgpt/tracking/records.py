@@ -49,8 +49,7 @@ class Version:
 def find_version(root: Path, wanted: str, scratch: Path) -> Version:
     """Return the version named `wanted`: an MLflow run id, git revision, DVC experiment or `workspace`.
 
-    A run's files are downloaded into the folder `scratch`.
-    Raises BadConfig for an unknown or ambiguous name, and MissingInput for a missing file.
+    Downloads the files of a run into `scratch`. Raises BadConfig for an unknown or ambiguous name.
     """
     if wanted == WORKSPACE:
         if not (root / STAGES).exists():

@@ -258,13 +258,7 @@ def _run_dvc(tree: Path) -> int:
 
 
 def compare_hashes(version: Version, second: Version) -> Result:
-    """Compare the outputs of a version with those of its second run, on this machine.
-
-    - IDENTICAL: all hashes are equal.
-    - ROUNDING: code and parameters are equal, the machines round differently, and
-      losses differ by at most LOSS_TOLERANCE.
-    - DIFFERENT: all other cases.
-    """
+    """Compare the outputs of a version with the outputs of its second run, on this machine."""
     old, new = version.entries, second.entries
     stages = {stage: _first_change(entry, new.get(stage)) for stage, entry in old.items()}
     changed = {stage: change for stage, change in stages.items() if change != IDENTICAL}
@@ -281,6 +275,7 @@ def compare_hashes(version: Version, second: Version) -> Result:
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict = DIFFERENT
+    # ROUNDING needs the same code and parameters, and another processor, setting or package as the cause.
     if other:
         why = other[0]
     elif causes and largest <= LOSS_TOLERANCE:
