@@ -42,7 +42,7 @@ class SweepGroup(Section):
     params: dict[str, int | float | str] = Field(default_factory=dict)  # dotted key of params.yaml -> value
     seeds: tuple[int, ...] = ()  # one run for each seed; empty: one run with the seed of params.yaml
     start: Name | None = None  # start from the final weights of this earlier run of the sweep
-    train_documents: int | None = None  # train on this many documents; None: all
+    train_documents: int | None = None  # train on this many, spread evenly over the split; None: all
     train_source: str | None = None  # train only on the documents of this Python package
 
 

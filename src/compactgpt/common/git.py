@@ -88,5 +88,5 @@ def _reason_to_leave_out(path: Path, name: str, limit: int) -> str:
 def write_private(path: Path, content: bytes) -> None:
     """Write a file that only this user can read, for any umask."""
     path.unlink(missing_ok=True)  # an existing file would keep its permissions
-    path.touch(0o600, exist_ok=False)
-    path.write_bytes(content)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)

@@ -144,7 +144,7 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    Raises NotAllowed if `folder` has files other than those of an earlier call with the same `kind`.
+    Raises NotAllowed if a file of `folder` was added, changed, or written as another `kind`.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
