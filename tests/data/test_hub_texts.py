@@ -66,7 +66,7 @@ PAIRS = ["a\n\nb\n\n\n\nc", "d", "e\n\nf", "", "g"]
 @pytest.mark.parametrize(
     ("changes", "rows", "expected"),
     [
-        ({}, ["a b", "c", "", "d", "e"], ["a b", "c", "", "d", "e"]),
+        ({"config": None}, ["a b", "c", "", "d", "e"], ["a b", "c", "", "d", "e"]),
         ({"separator": "\n\n"}, PAIRS, ["a", "b", "", "c", "d", "e", "f", "", "g"]),
         ({"separator": "\n\n", "join_characters": 3}, PAIRS, ["a\n\nb", "\n\nc", "d", "e\n\nf", "", "g"]),
         ({"opens_document": OPENS}, ARTICLES, JOINED),

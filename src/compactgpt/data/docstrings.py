@@ -91,9 +91,9 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 
 
 def short_licence(metadata: Any) -> str:
-    """Return the name of a licence from the core metadata of a distribution.
+    """Return the name of a distribution's licence from its core metadata.
 
-    Returns the first of: the SPDX expression, a short field `License`, the licence classifiers.
+    Looks for the SPDX expression, a short field `License` and licence classifiers, in this order.
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)

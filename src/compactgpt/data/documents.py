@@ -134,7 +134,7 @@ def write_shards(
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 missing -= size
                 group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
-        # No document of the next shard was taken yet: the caller can save its position.
+        # No document of the next shard was taken yet: here the caller can store how far it has read.
         yield path
 
 

@@ -154,7 +154,7 @@ def local_copy(params: HubCorpus) -> Path | None:
 def check_data_set(params: HubCorpus) -> None:
     """Check that the data set of params.yaml has a local copy or is on the hub.
 
-    Raises the errors of `hub_errors`, and BadConfig without a commit.
+    Raises the errors of `hub_errors`, and BadConfig if params.yaml names no commit.
     """
     chosen, key = params.sets[params.name], f"download.hub.sets.{params.name}"
     if local_copy(params) is not None:
@@ -176,7 +176,7 @@ def check_sources(params: Params) -> None:
 
     Raises the errors of `check_model_folder` and `check_data_set`.
     """
-    # Setting that replaces a download -> (kind of repository, owner/name, commit).
+    # Command-line setting that names a local copy -> (kind of repository, owner/name, commit).
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]

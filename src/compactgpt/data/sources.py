@@ -54,7 +54,7 @@ class Collected:
     bytes: list[int]  # UTF-8 bytes of kept text of each part
     left_out: dict[str, int]  # reason, such as "empty" -> number of texts that were left out
     position: Any = None  # `Text.position` of the last counted text; None before the first text
-    # File name -> {"documents": number of documents, "bytes": UTF-8 bytes of their text}.
+    # Name of a shard -> {"documents": number of documents, "bytes": UTF-8 bytes of their text}.
     shards: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -146,16 +146,16 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
     progress = read_json(path) if path.exists() else {}
     if progress.get("key") == key:
         collected = Collected(**progress["collected"])
-        done = f"{sum(collected.documents):,} documents in {len(collected.shards)} shards"
-        log(f"{done} of an earlier run are kept")
+        documents, shards = sum(collected.documents), len(collected.shards)
+        log(f"{documents:,} documents in {shards} shards of an earlier run are kept")
     else:
         shutil.rmtree(folder, ignore_errors=True)  # remove shards of another corpus
         zeros = [0] * len(corpus.parts)
         collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
     # Ids of all documents, to find duplicates: 100 bytes each, 0.8 GB for OpenWebText.
     seen = set(_read_ids(folder, collected.shards))
-    documents = _select(corpus.read(collected.position), corpus.lengths, limits, collected, seen)
-    for shard in write_shards(folder, documents, limits.shard_bytes, len(collected.shards)):
+    kept = _select(corpus.read(collected.position), corpus.lengths, limits, collected, seen)
+    for shard in write_shards(folder, kept, limits.shard_bytes, len(collected.shards)):
         before = collected.shards.values()
         collected.shards[shard.name] = {
             "documents": sum(collected.documents) - sum(each["documents"] for each in before),
