@@ -1,9 +1,7 @@
-"""Cross-entropy of a linear head over a large vocabulary, in chunks of tokens.
+"""Cross-entropy of a linear head, computed in chunks of tokens.
 
-Only the logits of one chunk are in memory. The forward pass also computes the gradients of each chunk.
-For a token with logits z, softmax p and target t, the gradient of z_j is (p_j - [j = t]) / N.
-[j = t] is 1 if j = t, else 0.
-Shapes: N = all tokens, R = tokens of one chunk, C = channels, V = rows of the head's weight.
+Only one chunk's logits are in memory, because the forward pass also computes the gradients.
+Shapes: N tokens, R tokens in a chunk, C channels, V rows of the head's weight.
 """
 
 import importlib.util
@@ -14,11 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# Tokens in one chunk. The logits of GPT-2's vocabulary take 103 MB in fp32, or 0.8 GB in bfloat16 on a GPU.
-LOSS_ROWS = 512
-GPU_LOSS_ROWS = 8192
-# Largest exponent: in fp32, a sum of 50,304 terms exp(60) does not overflow.
-CAP = 60.0
+LOSS_ROWS = 512  # tokens in a chunk on a CPU: with GPT-2's vocabulary, 103 MB of fp32 logits
+GPU_LOSS_ROWS = 8192  # tokens in a chunk on a GPU: with GPT-2's vocabulary, 0.8 GB of bfloat16 logits
+CAP = 60.0  # largest exponent: a sum of 50,304 terms exp(60) does not overflow fp32
 
 
 def linear_cross_entropy(
@@ -26,8 +22,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the mean cross-entropy of the logits x weight^T + correction, in nats per token.
 
-    `x` is (N, C), `weight` (V, C), `correction` (V,). `targets`, (N,) int64, are indices of rows of `weight`.
-    Raises ValueError if a `correction` is given under autocast.
+    `x` is (N, C), `weight` (V, C), `correction` (V,). `targets`, (N,) int64, are row numbers of `weight`.
+    Raises ValueError for a `correction` under autocast.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -36,9 +32,9 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Computes the loss of `linear_cross_entropy`, and the gradients of `x` and `weight`.
+    """The autograd function of `linear_cross_entropy`.
 
-    Matrix products are in `dtype`. The softmax and all sums over chunks are in fp32 or a wider type.
+    Matrix products are in `dtype`; the softmax and sums over chunks are in fp32 or a wider type.
     """
 
     @staticmethod
@@ -77,35 +73,31 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the stored gradients, multiplied in place by the gradient of the loss."""
         dx, dw = ctx.saved_tensors
-        # Only a CPU skips a multiplication by 1: on a GPU, `item` would wait.
+        # Only a CPU skips a multiplication by 1: on a GPU, `item` would wait for earlier work.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
 
 
 def _add_chunk(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    logits: Tensor,
-    dx: Tensor,
-    dw: Tensor,
-    first: bool,
-    N: int,
-    correction: Tensor | None,
+    x: Tensor,  # (R, C)
+    weight: Tensor,  # (V, C)
+    targets: Tensor,  # (R,)
+    logits: Tensor,  # (R, V) buffer
+    dx: Tensor,  # (R, C) gets the gradient of `x`
+    dw: Tensor,  # (V, C) the chunk's gradient of `weight` is added here
+    first: bool,  # whether this is the first chunk, which overwrites `dw`
+    N: int,  # tokens of all chunks
+    correction: Tensor | None,  # (V,)
 ) -> Tensor:
-    """Return each token's cross-entropy in nats, (R, 1); write `dx`, and add to `dw`.
-
-    `logits`, (R, V), is a buffer. The gradient of `x` is written to `dx`, (R, C). The chunk's part of the
-    gradient of `weight` is added to `dw`, (V, C). The first chunk overwrites `dw`.
-    """
+    """Return each token's cross-entropy in nats, (R, 1), and write the gradients to `dx` and `dw`."""
     if correction is None:
         torch.mm(x, weight.T, out=logits)
     else:
         torch.addmm(correction, x, weight.T, out=logits)
     p = torch.softmax(logits, 1, out=logits)  # in place, (R, V)
     p_target = p.gather(1, targets[:, None])  # (R, 1)
-    p.scatter_(1, targets[:, None], p_target - 1)  # p - onehot(t)
+    p.scatter_(1, targets[:, None], p_target - 1)  # p - onehot(target): the gradient of the logits, times N
     torch.mm(p, weight, out=dx)
     dx.div_(N)
     dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # beta=0 ignores dw's old content
@@ -116,16 +108,15 @@ def _add_chunk(
 def _add_rounded_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, e: Tensor, dx: Tensor, dw: Tensor, first: bool, N: int
 ) -> Tensor:
-    """Do what `_add_chunk` does, with matrix products in bfloat16; the returned shape is (R,).
+    """Do what `_add_chunk` does, with matrix products in bfloat16. The result has shape (R,).
 
-    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t), where z are a token's logits, and t is its target.
-    Let s be the sum of a token's e_j. Then its cross-entropy is log(s).
-    The gradient of z_j is (e_j - s [j = t]) / s. To save time, the (R, C) matrices are divided
-    by s, and the larger matrix `e` is not.
+    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t), with a token's logits z and its target t.
     """
-    s = exponentials(x, weight, targets, e)  # (R,)
-    target_gradients = 1 - s  # e_t - s, where e_t = exp(z_t - z_t) = 1
+    s = exponentials(x, weight, targets, e)  # (R,) sum of a token's e_j
+    # The gradient of logit z_j is e_j / s; for the target, (e_t - s) / s with e_t = exp(0) = 1.
+    target_gradients = 1 - s
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
+    # Dividing the (R, C) matrices by s is cheaper than dividing `e`, which is (R, V).
     scale = (1 / (s * N))[:, None]  # (R, 1)
     dx.copy_(_product_in_fp32(e, weight).mul_(scale))
     scaled_x = (x * scale).to(x.dtype)  # (R, C)
@@ -135,19 +126,18 @@ def _add_rounded_chunk(
         dw.copy_(_product_in_fp32(e.T, scaled_x))
     else:
         dw.add_(_product_in_fp32(e.T, scaled_x))
-    return s.log()
+    return s.log()  # -log(e_t / s)
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Return the fp32 product of bfloat16 matrices; a CPU rounds it to bfloat16 first."""
+    """Return the fp32 product of bfloat16 matrices; a CPU first rounds the product to bfloat16."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
 def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Write exp(z_j - z_t) to `out`, (R, V), and return each row's sum, (R,) fp32.
+    """Write exp(z_j - z_t) to `out`, (R, V) bfloat16, and return the row sums, (R,) fp32.
 
-    z_j are the logits of a token, and z_t is the logit of its target. Each exponent is limited to CAP.
-    `x`, `weight` and `out` are bfloat16; the exponentials are summed before they are rounded.
+    z are a token's logits, and t is its target. Exponents above CAP become CAP.
     """
     has_triton = x.is_cuda and importlib.util.find_spec("triton")
     if has_triton:
@@ -167,7 +157,7 @@ def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Ten
 def _exponentials_pass(logits: Tensor, target_logits: Tensor) -> Tensor:
     """Replace the logits, (R, V), by their exponentials, and return the row sums, (R,)."""
     e = (logits.float() - target_logits).clamp(max=CAP).exp()
-    logits.copy_(e)
+    logits.copy_(e)  # rounds to bfloat16
     return e.sum(1)
 
 
@@ -181,7 +171,7 @@ def _compiled_pass() -> Callable[[Tensor, Tensor], Tensor]:
 def token_nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of each token in nats, (N,), for evaluation.
 
-    `x`, (N, C), has hidden states of `GPT.hidden`. `weight` is `wte.weight[:vocab_size]`.
+    `x`, (N, C), has hidden states; `weight`, (vocab_size, C), is the head without padding rows.
     """
     buffer = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))  # every chunk writes its logits here
     nats = []

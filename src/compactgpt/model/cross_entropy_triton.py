@@ -1,8 +1,7 @@
 """A Triton kernel for `cross_entropy.exponentials` on Nvidia's Hopper GPUs.
 
-One persistent program runs on each multiprocessor, and computes one tile after the other.
-It stores a tile's exponentials in two halves while the next tile is loaded.
-Shapes: R = rows, V = columns, C = inner channels. m and n are the row and column index of a tile.
+One persistent program on each multiprocessor computes one tile after the other.
+Shapes: R rows, V columns, C channels. m and n are a tile's row and column.
 """
 
 import torch
@@ -13,8 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # A tile has ROWS x COLUMNS exponentials; tl.dot multiplies INNER channels at once.
 ROWS, COLUMNS, INNER = 128, 256, 64
-# The kernel computes GROUP rows of tiles, then the next GROUP: so few rows of `x` fit into the L2 cache.
-GROUP = 64
+GROUP = 64  # rows of tiles that are computed together: so few rows of `x` fit into the L2 cache
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -34,26 +32,24 @@ def _kernel(  # type: ignore[no-untyped-def]
         rows, columns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
         exponent = acc - tl.load(shift + rows % R)[:, None]
         e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN > CAP is false: NaN stays
-        e = tl.where(columns[None, :] < V, e, 0.0)
+        e = tl.where(columns[None, :] < V, e, 0.0)  # columns beyond V must not count in the sums
         tl.store(sums + n.to(tl.int64) * R + rows, tl.sum(e, 1), rows < R)
+        # Two halves, so that a store overlaps with the load of the next tile.
         left, right = tl.split(tl.permute(tl.reshape(e, (BM, 2, BN // 2)), (0, 2, 1)))
         out.store([m * BM, n * BN], left.to(tl.bfloat16))
         out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the GPU is a Hopper, and C and V are multiples of 8.
-
-    The kernel has not been tested on other GPUs.
-    """
+    """Return whether the kernel was tested on this GPU, and C and V are multiples of 8."""
     hopper = torch.cuda.get_device_capability(x.device)[0] == 9
     return hopper and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
 
 
 def run_kernel(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float) -> Tensor:
-    """Do what `exponentials` does, with the kernel, which limits each exponent to `cap`.
+    """Write exp(logits - shift) to `out`, (R, V), and return the row sums, (R,).
 
-    `shift`, (R,), has the logits of the targets.
+    `shift`, (R,), has the logits of the targets. Exponents above `cap` become `cap`.
     """
     (R, C), V = x.shape, len(weight)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count

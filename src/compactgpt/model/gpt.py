@@ -1,8 +1,7 @@
 """The GPT model, with nanoGPT's architecture and initialization (github.com/karpathy/nanoGPT, model.py).
 
-One matrix is both the token embedding and the head (Press and Wolf 2017), as in GPT-2 (Radford et al. 2019).
-Shapes: B = sequences, T = tokens of a sequence, C = n_embd (channels), nh = n_head (heads),
-hs = C / nh (channels of a head), V = padded_vocab_size.
+Token embedding and head are one matrix (Press and Wolf 2017).
+Shapes: B sequences, T tokens, C = n_embd channels, nh heads of hs channels, V = padded_vocab_size.
 """
 
 import math
@@ -76,8 +75,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer whose head is the token embedding `wte.weight`, (V, C).
 
-    The rows of `wte.weight` from `vocab_size` on are padding rows: they belong to no token. Training includes
-    them in the softmax, as nanoGPT does; evaluation excludes them.
+    Rows from `vocab_size` on are padding. Training includes them in the softmax, as nanoGPT does;
+    evaluation excludes them.
     """
 
     def __init__(self, shape: config.Model, seed: int = 0) -> None:
@@ -121,8 +120,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the hidden states after the last layer norm. (B, T) int64 -> (B, T, C).
 
-        Without `table`, `tokens` are token ids. A `table` has some rows of `wte.weight`; then `tokens` are
-        row numbers in `table`. Raises ValueError if T is larger than block_size.
+        `tokens` are row numbers of `table`, by default `wte.weight`. Raises ValueError if T > block_size.
         """
         T = tokens.shape[1]
         table = self.wte.weight if table is None else table
@@ -144,8 +142,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the mean cross-entropy of the targets in nats per token, a scalar.
 
-        `tokens` and `targets`, (B, T) int64, are token ids. A sampled softmax passes `table`, (K, C), a copy
-        of K rows of `wte.weight`. Then `tokens` and `targets` are indices of these rows. The vector
+        `tokens` and `targets`, (B, T) int64, are row numbers of `table`, (K, C), by default `wte.weight`.
         `correction`, (K,), is added to the logits of every position.
         """
         table = self.wte.weight if table is None else table

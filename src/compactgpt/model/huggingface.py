@@ -1,7 +1,6 @@
 """Convert our GPT to and from Hugging Face's GPT-2 format, without the package transformers.
 
-The format is a folder with config.json and model.safetensors. The architecture is ours, but the format
-always has biases, and stores four matrices of each layer transposed.
+The format always has biases, and stores four matrices of each layer transposed.
 """
 
 from collections.abc import Mapping
@@ -41,17 +40,17 @@ def save_hf(
 ) -> None:
     """Export a model to a folder that transformers' `from_pretrained` and `pipeline` can load.
 
-    `tokenizer` is the folder of GPT-2's tokenizer, and `card` is the text of README.md. `overwrite` replaces
-    an earlier export even if a user changed its files. Raises NotAllowed if the folder has files that no
-    export wrote, and MissingInput if the tokenizer is not GPT-2's.
+    `tokenizer` is the folder of GPT-2's tokenizer, and `card` is the text of README.md. `overwrite` also
+    replaces changed files. Raises NotAllowed if the folder has other files.
     """
     facts = {"format": "hugging-face-gpt2"}
     block_size, last_token = model.shape.block_size, model.shape.vocab_size - 1
-    # GPT-2's last token, <|endoftext|>, ends a text. Without max_length, a pipeline may exceed the context.
+    # GPT-2's last token, <|endoftext|>, ends a text.
     special_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), last_token)
     with atomic_folder(folder, facts, kind="export", overwrite=overwrite) as temporary:
         write_bytes(temporary / "model.safetensors", save(_hf_state(model), metadata={"format": "pt"}))
         write_json(temporary / "config.json", _hf_config(model.shape))
+        # Without max_length, a pipeline may exceed the context.
         write_json(temporary / "generation_config.json", {**special_tokens, "max_length": block_size})
         if tokenizer is not None:
             for ours, theirs in ((ENCODER_JSON, "vocab.json"), (VOCAB_BPE, "merges.txt")):
@@ -70,7 +69,7 @@ def save_hf(
 
 
 def _hf_state(model: GPT) -> dict[str, Tensor]:
-    """Return tensors as transformers stores them: with biases, but without padding rows."""
+    """Return the model's tensors as transformers stores them: with biases, but without padding rows."""
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     own["wte.weight"] = own["wte.weight"][: model.shape.vocab_size]
     state = {}
@@ -105,8 +104,8 @@ def _hf_config(shape: Model) -> dict[str, Any]:
 def load_hf(folder: Path) -> GPT:
     """Load a GPT-2 in float32 from a folder in Hugging Face's format.
 
-    Raises MissingInput if a file is missing, BadConfig if our GPT does not support the model, and BadData if
-    a tensor does not fit config.json.
+    Raises MissingInput for a missing file, BadConfig for an unsupported model, and BadData if a tensor does
+    not fit config.json.
     """
     config = folder / "config.json"
     shape = from_hf_config(read_json(config), str(config))
@@ -128,7 +127,7 @@ def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hf_config(settings: Any, source: str) -> Model:
-    """Return the model shape that a GPT2Config describes; messages name its file, `source`.
+    """Return the model shape that a GPT2Config describes; error messages name the file `source`.
 
     Raises BadConfig if our GPT does not support the settings.
     """

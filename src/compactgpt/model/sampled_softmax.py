@@ -1,9 +1,7 @@
-"""Sampled softmax for training: each step uses a random sample of the vocabulary.
+"""Sampled softmax: each training step uses a random sample of the vocabulary.
 
-The sample contains token j with a known probability pi_j. The sum of exp(z_j) / pi_j over the sample is an
-unbiased estimate of Z, the sum of exp(z_j) over all tokens (Horvitz and Thompson 1952). So training adds
--log(pi_j) to logit z_j (Jean et al. 2015, Bengio and Senecal 2008). On average, the log of the estimate is
-too low by about Var / (2 Z^2), where Var is the estimate's variance.
+Training adds -log(p) to the logit of a token that is sampled with probability p. Then the sum of exponentials
+is right on average (Horvitz and Thompson 1952).
 """
 
 from dataclasses import dataclass
@@ -12,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 SMOOTHING = 1.0  # added to each count: tokens that the train split lacks are sampled, too
-# Number of tokens in one call of np.bincount, which copies them as int64.
-COUNTED_AT_ONCE = 1 << 24
+COUNTED_AT_ONCE = 1 << 24  # tokens in one call of np.bincount, which copies them as int64
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -26,10 +23,7 @@ class Sample:
     log_inclusion: npt.NDArray[np.float32]  # (K,) log of the probability that the sample has the token
 
     def positions(self, tokens: Ints) -> Ints:
-        """Return the index in `ids` of each token, in the shape of `tokens`.
-
-        Every token must be in the sample.
-        """
+        """Return the index in `ids` of each token; the sample must have all of them."""
         return np.searchsorted(self.ids, tokens)
 
 
@@ -42,21 +36,19 @@ def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
 
 
 def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
-    """Return the probability that a sample of the vocabulary has each token. (V,) -> (V,).
+    """Return each token's probability to be in a sample of `size` tokens on average. (V,) -> (V,).
 
-    `counts` is how often each token occurs in the train split. A probability is min(1, c (count + 1)^power).
-    A sample has `size` tokens on average, which fixes c. Mikolov et al. 2013 use the power 0.75.
+    The probability is min(1, c (count + 1)^power), with a constant c. Mikolov et al. 2013 use power 0.75.
     """
     if size >= len(counts):
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
-    # Suppose that the k largest weights have probability 1. For each k, compute the c with which the
-    # probabilities of the other tokens add up to size - k.
     ordered = np.sort(weights)[::-1]
-    rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of the weights from each index on
+    rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of this weight and all smaller ones
     k = np.arange(len(ordered))
+    # If the k largest weights have probability 1, the other probabilities must add up to size - k.
     scales = (size - k) / rest  # (V,) c for each k
-    first = int(np.argmax(scales * ordered <= 1))
+    first = int(np.argmax(scales * ordered <= 1))  # smallest k with no other probability above 1
     inclusion: Floats = np.minimum(1.0, scales[first] * weights)
     return inclusion
 
@@ -64,10 +56,9 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
     """Draw a sample of the vocabulary for `step`, counted from 0.
 
-    `inclusion`, (V,), has the probability of each token. The sample also contains every token of `batch`, the
-    inputs and targets of all processes, with probability 1.
+    `inclusion`, (V,), has the probability of each token. All tokens of `batch` are in the sample.
     """
-    # Another counter than in `training_batch` makes the sample independent of the batch.
+    # `training_batch` has the same key but another counter, so the sample does not depend on the batch.
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, 1]))
     chosen = generator.random(len(inclusion)) < inclusion
     probability = inclusion.copy()

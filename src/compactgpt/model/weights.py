@@ -23,8 +23,8 @@ WEIGHTS = "model.safetensors"
 def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: bool = False) -> None:
     """Write the weights and the shape of a model to a folder.
 
-    `best`, the folder of the run's best model, is copied to `folder`/best. If `private` is True, `folder` is
-    replaced even if it has other files. Raises DiskFull if the disk is full.
+    `best`, the folder of the run's best model, is copied to `folder`/best. `private` replaces `folder` even
+    if it has other files.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
@@ -38,7 +38,7 @@ def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: b
 def load_model(folder: Path, device: str = "cpu") -> GPT:
     """Load a model that `save_model` wrote, in evaluation mode.
 
-    Raises MissingInput if the folder has no manifest, and BadData if a file is missing or damaged.
+    Raises MissingInput without a manifest, and BadData if a file is missing or damaged.
     """
     verified_manifest(folder)
     try:
@@ -56,10 +56,9 @@ def load_gpt(
 ) -> GPT:
     """Load a GPT from a safetensors file, in evaluation mode on the CPU.
 
-    `convert` converts the file's tensors to those of our GPT. Raises MissingInput if the file is missing, and
-    BadData if it is damaged or its tensors do not fit `shape`.
+    `convert` returns our GPT's tensors for those of the file. Raises BadData if they do not fit `shape`.
     """
-    # Check this first: a wrong config.json could make the program allocate a huge model.
+    # Check the size first: a wrong config.json could make the program allocate a huge model.
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
     if path.is_file() and path.stat().st_size < rows * shape.n_embd:
         raise BadData(f"{path} is too small for the shape in the config.json of its folder")
@@ -73,7 +72,7 @@ def load_gpt(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, by name.
 
-    Raises MissingInput if the file is missing, and BadData if it is damaged or a number is not finite.
+    Raises MissingInput for a missing file, and BadData for a damaged file or a number that is not finite.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)

@@ -1,8 +1,6 @@
-"""Save and load training states; a state is a folder such as `step-00000200`.
+"""Save and load training states. A state is a folder such as `step-00000200`, in the folder of its run.
 
 `state.safetensors` has the tensors of the model and the optimizers, and `progress.json` has the losses.
-A state is written whole or not at all. All states of a run are in one folder, whose name is the run key:
-a hash of everything that the result of the run depends on.
 """
 
 import logging
@@ -18,11 +16,8 @@ from compactgpt.common.storage import atomic_folder, read_json, verified_manifes
 from compactgpt.model.weights import check_tensors, read_tensors, write_tensors
 from compactgpt.training.distributed import Group
 
-STATE_KIND = "training state"  # value of `kind` in the manifest.json of a state
-# Number of states that a run keeps, in case the newest one is damaged.
-KEPT_STATES = 2
-# Number of other unfinished runs whose states are kept: such a run can resume.
-KEPT_RUNS = 2
+KEPT_STATES = 2  # states that a run keeps, in case the newest one is damaged
+KEPT_RUNS = 2  # other unfinished runs whose states are kept, so that they can resume
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 log = logging.getLogger(__name__)
 
@@ -35,7 +30,7 @@ def save_state(
     progress: Mapping[str, Any],
     group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> None:
-    """Write the state of a run after `step` updates, and keep its newest KEPT_STATES states.
+    """Write the state after `step` updates, and delete all but the newest KEPT_STATES states.
 
     All processes must call this function; only the main process writes files.
     """
@@ -43,7 +38,7 @@ def save_state(
 
     def write() -> None:
         facts = {"run_key": run_key, "step": step}
-        state = atomic_folder(folder / f"step-{step:08d}", facts, kind=STATE_KIND, private=True)
+        state = atomic_folder(folder / f"step-{step:08d}", facts, kind="training state", private=True)
         with state as temporary:
             write_tensors(temporary / TENSORS, full)
             write_json(temporary / PROGRESS, progress)
@@ -59,10 +54,9 @@ def load_newest_state(
     tensors: Mapping[str, Tensor],
     group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> tuple[int, dict[str, Any]] | None:
-    """Copy the newest valid training state into `tensors`, and return its step and progress.
+    """Copy the newest valid state into `tensors`; return its step and progress, or None without a state.
 
-    Returns None if no state is valid, and warns of each invalid state. All processes must call this function;
-    only the main process reads the files.
+    All processes must call this function; only the main process reads the files.
     """
     full: dict[str, Tensor] = {}
 
@@ -90,17 +84,13 @@ def _check_manifest(state: Path, run_key: str) -> int:
     """Verify that a state is unchanged and of this run, and return its step."""
     manifest = verified_manifest(state)
     step = int(state.name.removeprefix("step-"))
-    expected = {"kind": STATE_KIND, "run_key": run_key, "step": step}
-    if {key: manifest.get(key) for key in expected} != expected:
+    if (manifest.get("run_key"), manifest.get("step")) != (run_key, step):
         raise BadData(f"{state / 'manifest.json'} belongs to another run or another step")
     return step
 
 
 def prune_runs(folder: Path, key: str) -> None:
-    """Remove the states of old runs: all but `key` and the KEPT_RUNS newest others.
-
-    `folder` has a folder for each run, whose name is the run key.
-    """
+    """Delete the folders of old runs in `folder`, except `key` and the KEPT_RUNS newest others."""
     others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != key]
     for old in sorted(others, key=lambda run: run.stat().st_mtime_ns)[:-KEPT_RUNS]:
         shutil.rmtree(old)

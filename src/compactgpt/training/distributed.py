@@ -1,8 +1,7 @@
-"""Train one model with several processes, which `launch` or torchrun starts.
+"""Train one model with several processes, started by `launch` or torchrun.
 
-Every process draws the whole batch of a step, and trains on its own slice of the batch. In mode `fast`,
-each process holds the whole model; in mode `fsdp`, it holds a part. The same number of processes gives
-bit-identical weights.
+Each process trains on a slice of the batch. In mode `fsdp`, it holds only a part of the model.
+The same number of processes gives bit-identical weights.
 """
 
 import datetime
@@ -44,10 +43,9 @@ class Group:
         micro_batches = sequences // micro_batch_size
         if sequences % micro_batch_size or micro_batches % self.world_size:
             raise BadConfig(
-                f"training.tokens_per_step: {sequences} sequences can't be divided evenly "
-                f"into micro-batches of {micro_batch_size} (training.micro_batch_size) among "
-                f"{self.world_size} processes: change tokens_per_step, micro_batch_size or the number of "
-                "processes"
+                f"training.tokens_per_step: {sequences} sequences can't be divided into micro-batches of "
+                f"{micro_batch_size} among {self.world_size} processes: change tokens_per_step, "
+                "micro_batch_size or the number of processes"
             )
         own = sequences // self.world_size
         return slice(self.rank * own, (self.rank + 1) * own)
@@ -63,8 +61,7 @@ class Group:
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
         dist.all_reduce(flat)
         sums = torch.split(flat[1:], [grad.numel() for grad in grads])
-        # Copy the sums into autograd's tensors: new tensors could have other addresses in memory. The
-        # rounding of some kernels depends on the address.
+        # Keep autograd's tensors: the rounding of some kernels depends on a tensor's address in memory.
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
         return flat[0]
@@ -90,10 +87,9 @@ class Group:
             )
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the full tensors, by name, in the main process.
+        """Return `tensors`; in the main process, sharded tensors become full tensors on the CPU.
 
-        Sharded tensors are gathered on its CPU, and stay sharded in the other processes. Every process must
-        call this function.
+        Every process must call this function.
         """
         full = dict(tensors)
         for name, tensor in tensors.items():
@@ -105,7 +101,7 @@ class Group:
 
     @torch.no_grad()
     def scatter(self, full: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Copy the main process's `full` into the `tensors` of every process, sharded or not."""
+        """Copy the main process's full tensors into the `tensors` of every process, sharded or not."""
         for name, tensor in tensors.items():
             if hasattr(tensor, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
@@ -145,10 +141,7 @@ class Group:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within the `with` block, let each process hold the embeddings and last layer norm.
-
-    A model that is not sharded stays unchanged.
-    """
+    """Within the `with` block, gather a sharded model's embeddings and last layer norm in each process."""
     if not hasattr(model, "unshard"):
         yield
         return
@@ -162,8 +155,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
     """Connect the processes that torchrun started, and yield their Group.
 
-    A single process needs no torchrun. Raises PeerLost if another process ended, or did not answer within
-    launcher.timeout_seconds.
+    Raises PeerLost if another process ended, or did not answer within launcher.timeout_seconds.
     """
     info = dist_info()
     if info.world_size == 1:
@@ -183,7 +175,7 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
     except BaseException as error:
         is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if isinstance(error, RuntimeError) and is_lost:
-            # Do not destroy a broken group: this may hang, and the process ends anyway.
+            # Do not destroy a broken group: the call may hang, and the process ends anyway.
             raise PeerLost(
                 "another process of this training ended or did not answer: the training continues from its "
                 f"last checkpoint ({str(error).splitlines()[0][:160]})"
@@ -194,10 +186,9 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
 
 
 def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
-    """Run `python -m module arguments` in `launcher.processes` processes on this machine.
+    """Run `python -m module arguments` in several processes on this machine, and return the exit code.
 
-    Starts all again if one is killed or loses contact, at most `launcher.max_restarts` times. Returns 0, or
-    the exit code of a process that failed.
+    If a process is killed or loses contact, all start again, at most `launcher.max_restarts` times.
     """
     exit_codes: list[int] = []
     for _attempt in range(launcher.max_restarts + 1):
@@ -215,7 +206,7 @@ def _run_processes(command: Sequence[str], launcher: Launcher) -> list[int]:
     """Run the processes once, and return the exit codes of those that failed."""
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
-        # By default, process 0 would listen on all network interfaces, without a password.
+        # Connect through a file and the loopback interface: by default, torch listens on all interfaces.
         shared = {
             **os.environ,
             INIT_METHOD: (Path(folder) / "store").as_uri(),

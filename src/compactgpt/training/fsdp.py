@@ -1,6 +1,6 @@
-"""Mode fsdp: FSDP2 (`fully_shard`) shards a model over processes.
+"""Shard a model over several processes with FSDP2 (`fully_shard`).
 
-Each process holds some rows of every tensor. FSDP2 gathers the weights of a block when the block runs.
+Each process holds some rows of every tensor; FSDP2 gathers a block's weights when the block runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from compactgpt.training.distributed import Group
 def shard_model(
     full: Mapping[str, Tensor], shape: Model, device: str, group: Group, *, compiles: bool = False
 ) -> GPT:
-    """Return a model that is sharded over the processes of `group`, on `device`.
+    """Return a model on `device`, sharded over the processes of `group`.
 
-    `full` has the full weights, by name; only the main process needs it.
+    `full` has the full weights by name; other processes than the main process may pass an empty dict.
     """
     with torch.device("meta"):  # only the main process allocates the full model
         model = GPT(shape)
@@ -46,14 +46,13 @@ def shard_model(
 def orthogonalize_sharded(
     matrices: Sequence[Tensor], orthogonalize: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Orthogonalize sharded matrices that all have the shape (rows, columns).
+    """Apply `orthogonalize` to each full matrix, and return the results, sharded like the matrices.
 
     Every process gathers one full matrix at a time, and computes the whole result.
-    `orthogonalize` is a function (1, rows, columns) -> (1, rows, columns).
     """
     updates: list[Tensor] = []
     for matrix in cast(Sequence[DTensor], matrices):
-        full = orthogonalize(matrix.full_tensor()[None])[0]
+        full = orthogonalize(matrix.full_tensor()[None])[0]  # (rows, columns)
         # Every process keeps its rows of the full result, without communication.
         updates.append(distribute_tensor(full, matrix.device_mesh, matrix.placements, src_data_rank=None))
     return updates

@@ -1,7 +1,4 @@
-"""Build the model that training starts from: random weights, or those of a saved model.
-
-A saved model is a folder in our own format or in Hugging Face's GPT-2 format.
-"""
+"""Build the model that training starts from: with random weights, or with those of a saved model."""
 
 import hashlib
 import math
@@ -20,17 +17,13 @@ from compactgpt.model.huggingface import load_hf
 from compactgpt.model.sampled_softmax import SMOOTHING
 from compactgpt.model.weights import load_model
 
-# The slowest sinusoid changes by about one radian over this number of positions.
-SINUSOID_BASE = 1000.0
-# Files that decide the initial weights; training.init_sha256 is their hash.
+SINUSOID_BASE = 1000.0  # positions over which the slowest sinusoid changes by about one radian
+# Files of a saved model that decide the initial weights; training.init_sha256 is their hash.
 FILES = ("config.json", "model.safetensors")
 
 
 def folder_sha256(folder: Path) -> str:
-    """Return a SHA-256 hash of the FILES of a model folder.
-
-    Raises MissingInput if a file is missing.
-    """
+    """Return a SHA-256 hash of the FILES of a model folder. Raises MissingInput if a file is missing."""
     for name in FILES:
         if not (folder / name).is_file():
             raise MissingInput(
@@ -43,8 +36,8 @@ def folder_sha256(folder: Path) -> str:
 def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64] | None = None) -> GPT:
     """Return the model that training starts from, on the CPU.
 
-    `counts`, (vocab_size,), is how often each token occurs in the train split. Raises BadConfig if the
-    weights of training.init_from do not have the hash training.init_sha256, or do not fit `shape`.
+    `counts`, (vocab_size,), is how often each token occurs in the train split. Raises BadConfig if saved
+    weights do not fit training.init_sha256 or `shape`.
     """
     model = GPT(shape, training.seed)
     if training.init_positions:
@@ -86,8 +79,8 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     for key in own.keys() - tensors.keys():  # `source` has no biases: zeros have the same effect
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
-    # Padding rows get the mean of the real rows. Rows of zeros would get almost all probability, because
-    # GPT-2's logits are far below zero.
+    # Padding rows get the mean of the real rows: GPT-2's logits are far below zero, so that rows of zeros
+    # would get almost all probability.
     real = tensors["wte.weight"][: found.vocab_size]
     padded = real.mean(0).repeat(wanted.padded_vocab_size, 1)  # (V, C)
     padded[: len(real)] = real
@@ -109,24 +102,22 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
     """Change random weights so that the first logits are near the tokens' log frequencies.
 
-    Let u be a vector of length 1, r the length of the residual stream, and a = `strength` * r.
-    The function adds a * u to each position embedding.
-    The last layer norm changes a * u to b * u, with b = sqrt(C) a / sqrt(a^2 + r^2).
-    The function adds (log frequency / b) * u to each token embedding, which is the token's row of the head.
-    The dot product of this row with b * u adds the log frequency to the token's logit.
-    `counts`, (vocab_size,), is how often each token occurs.
+    `counts`, (vocab_size,), is how often each token occurs. All positions get the same additional vector,
+    which is `strength` times as long as the residual stream.
     """
     C = model.shape.n_embd
-    u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,)
+    u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,) direction of the vector
     u = u - u.mean()  # the layer norm subtracts the mean, so the mean of u must be 0
     u /= u.norm()
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
-    r = math.sqrt(float(sum(mean_squares)))
+    r = math.sqrt(float(sum(mean_squares)))  # length of the residual stream
     a = strength * r
     model.wpe.weight += a * u
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
     logs -= (logs * smooth).sum() / smooth.sum()  # now the mean over the tokens of the train split is 0
+    # The last layer norm changes a * u to b * u, with b = sqrt(C) a / sqrt(a^2 + r^2).
     b = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
+    # The token embedding is also the head: its product with b * u adds the log frequency to the logit.
     model.wte.weight += torch.from_numpy(logs / b).float()[:, None] * u

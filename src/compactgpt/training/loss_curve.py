@@ -13,9 +13,8 @@ from compactgpt.model.cross_entropy import token_nats
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
 
-# Margin of the divergence check, in nats per token; validation losses vary by less.
-DIVERGENCE_MARGIN = 0.5
-# Advice that is part of several messages: the settings to change when training diverges.
+DIVERGENCE_MARGIN = 0.5  # nats per token; random changes of the val loss are smaller
+# Part of several messages: the settings to change when training diverges.
 LOWER_RATES = (
     "lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or raise "
     "training.warmup_steps"
@@ -42,10 +41,10 @@ def loss_csv(rows: list[Row]) -> str:
 
 
 def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
-    """Return a warning if training has diverged although all losses are finite, otherwise None.
+    """Return a warning if training has diverged with finite losses, otherwise None.
 
-    The check starts after the warm-up. Training has diverged if the validation loss is DIVERGENCE_MARGIN
-    above its first value, or above ln(vocab_size), the loss of a uniform guess.
+    After the warm-up, the val loss may exceed neither its first value nor the loss of a uniform guess by
+    more than DIVERGENCE_MARGIN.
     """
     first, last = rows[0], rows[-1]
     if last.step <= training.warmup_steps and last.step < training.max_steps:
@@ -63,7 +62,7 @@ def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> 
 def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
     """Return at most `count` windows of the val split, at regular distances.
 
-    A window is part of a document. Raises BadData if the val split has no window.
+    Raises BadData if the val split has no window.
     """
     windows = list(evaluation_windows(val, block_size))
     if not windows:
@@ -76,10 +75,7 @@ def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
 
 @torch.no_grad()
 def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
-    """Return the mean loss over the targets of `windows` in nats per token.
-
-    The softmax leaves out the rows that pad the vocabulary.
-    """
+    """Return the mean loss over the targets of `windows`, in nats per token."""
     model.eval()
     nats: list[float] = []
     with gathered(model):
@@ -90,7 +86,7 @@ def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float
 
 def window_nats(model: GPT, windows: list[Window]) -> list[float]:
     """Return the cross-entropy of each target in nats, window after window."""
-    head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C)
+    head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C), without padding rows
     T = max(len(window.tokens) for window in windows)
     tokens = torch.zeros(len(windows), T, dtype=torch.int64)
     for row, window in enumerate(windows):  # attention is causal, so padding at the end has no effect

@@ -1,8 +1,7 @@
 """Optimizers, their parameter groups, and the learning rate schedule.
 
-Optimizer `adamw`: AdamW trains all parameters (Loshchilov and Hutter 2019). Optimizer `muon`: Muon trains
-the hidden matrices (Jordan et al. 2024), and AdamW trains embeddings and vectors. Weight decay acts only
-on matrices, as in nanoGPT.
+Optimizer `adamw`: AdamW trains all parameters (Loshchilov and Hutter 2019).
+Optimizer `muon`: Muon trains the hidden matrices (Jordan et al. 2024), and AdamW the other parameters.
 """
 
 import math
@@ -20,19 +19,17 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""A function (sharded matrices, f) -> f of each full matrix, sharded like the matrix."""
+"""The type of `fsdp.orthogonalize_sharded`, which only mode fsdp imports."""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
     """Return the fraction of the peak learning rate in a step, counted from 0.
 
-    The warm-up is linear, as in nanoGPT: (step + 1) / (warmup_steps + 1). Then the schedules differ:
-    `cosine` and `linear` fall to min_lr_ratio at max_steps.
-    `wsd` falls linearly during the last decay_share of max_steps (Hu et al. 2024, MiniCPM).
-    `constant` stays at 1.
+    After the warm-up, `cosine` and `linear` fall to min_lr_ratio at max_steps. `wsd` falls linearly in the
+    last decay_share of the steps (Hu et al. 2024, MiniCPM).
     """
     if step < training.warmup_steps:
-        return (step + 1) / (training.warmup_steps + 1)
+        return (step + 1) / (training.warmup_steps + 1)  # linear, as in nanoGPT
     if training.schedule == "constant":
         return 1.0
     start = training.warmup_steps
@@ -47,7 +44,7 @@ def lr_multiplier(training: Training, step: int) -> float:
 def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
     """Make one step of Muon, with batched products for matrices of the same shape.
 
-    The operations are those of torch.optim.Muon, with its adjustment "original" of the learning rate.
+    The operations are those of torch.optim.Muon with adjust_lr_fn="original".
     """
     for group in muon.param_groups:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -76,8 +73,7 @@ def newton_schulz(
 ) -> Tensor:
     """Return the matrices with all singular values moved towards 1 (Jordan et al. 2024).
 
-    Each step applies a polynomial to the singular values; `coefficients` are its factors of x, x^3 and x^5.
-    (count, rows, columns) -> (count, rows, columns).
+    Each step replaces a singular value s by a s + b s^3 + c s^5. (count, rows, columns) -> the same shape.
     """
     a, b, c = coefficients
     # A CPU without bfloat16 instructions needs ten times as long in bfloat16 (docs/benchmarks.md).
@@ -93,7 +89,7 @@ def newton_schulz(
 
 
 class EmbeddingRows(NamedTuple):
-    """The rows of the token embedding that one step trains. Only a step with a sampled softmax has them."""
+    """The rows of the token embedding that one step with a sampled softmax trains."""
 
     ids: Tensor  # (K,) int64, all different
     values: nn.Parameter  # (K, C) a copy of the rows, which gets the gradient
@@ -102,8 +98,7 @@ class EmbeddingRows(NamedTuple):
 class Optimizers:
     """All optimizers of one model: AdamW and, if configured, Muon.
 
-    `state` has the state tensors of the optimizers, by name. `run_sharded` orthogonalizes the matrices of a
-    sharded model.
+    `state` has their state tensors by name. `run_sharded` orthogonalizes the matrices of a sharded model.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -116,8 +111,7 @@ class Optimizers:
         )
         matrices = [parameter for name, parameter in self.parameters.items() if self._is_muon(name)]
         self.muon = Muon(matrices, weight_decay=training.weight_decay) if matrices else None
-        # Rows of the token embedding that the next update trains. None means all rows.
-        self.rows: EmbeddingRows | None = None
+        self.rows: EmbeddingRows | None = None  # rows that the next update trains; None: all rows
         # Pairs of a parameter group and its peak learning rate.
         self._peaks = [(group, group["lr"]) for group in self.adamw.param_groups]
         if self.muon:
@@ -131,7 +125,7 @@ class Optimizers:
     def _adamw_groups(self) -> list[dict[str, Any]]:
         """Return AdamW's parameter groups; the first group is the token embedding."""
         training = self.training
-        # Without position_learning_rate, position embeddings use the learning rate of the token embeddings.
+        # By default, position embeddings have the learning rate of the token embeddings.
         position_lr = training.position_learning_rate or training.embedding_learning_rate
         others = {name: p for name, p in self.parameters.items() if name not in (TOKENS, POSITIONS)}
         hidden = [p for name, p in others.items() if p.dim() >= 2 and not self._is_muon(name)]
@@ -141,12 +135,12 @@ class Optimizers:
             ([self.parameters[TOKENS]], training.embedding_learning_rate, decay),
             ([self.parameters[POSITIONS]], position_lr, decay),
             (hidden, training.learning_rate, decay),
-            (vectors, training.learning_rate, 0.0),
+            (vectors, training.learning_rate, 0.0),  # no decay, as in nanoGPT
         ]
         return [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
 
     def _init_state(self) -> dict[str, Tensor]:
-        """Create the state of the optimizers; a checkpoint can be read into it."""
+        """Create the state tensors of the optimizers, and return them by name."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if self.muon and self._is_muon(name):
@@ -161,19 +155,13 @@ class Optimizers:
         return tensors
 
     def select_rows(self, ids: Tensor) -> nn.Parameter:
-        """Select the rows of the token embedding to train, and return a copy of them.
-
-        The forward pass must use the copy. (K,) int64 -> (K, C).
-        """
+        """Select the rows of the token embedding to train; return a copy for the forward pass, (K, C)."""
         values = nn.Parameter(self.parameters[TOKENS].detach().index_select(0, ids))
         self.rows = EmbeddingRows(ids, values)
         return values
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the next update trains.
-
-        The copy of selected rows replaces the token embedding.
-        """
+        """Return the parameters that get a gradient; selected rows replace the token embedding."""
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
 
@@ -211,8 +199,8 @@ class Optimizers:
     def _update_rows(self, rows: EmbeddingRows, divisor: Tensor | None) -> None:
         """Update some rows of the token embedding with AdamW; the other rows stay unchanged.
 
-        The moments of the other rows do not decay, as in torch.optim.SparseAdam. Bias correction counts all
-        steps of the optimizer, not the steps of each row.
+        Moments of the other rows do not decay, as in torch.optim.SparseAdam. All rows have the same number
+        of steps in the bias correction.
         """
         parameter, group = self.parameters[TOKENS], self.adamw.param_groups[0]
         state = self.adamw.state[parameter]
@@ -233,7 +221,7 @@ class Optimizers:
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
-        # Only a CPU skips a division by 1: on a GPU, `item` would wait.
+        # Only a CPU skips a division by 1: on a GPU, `item` would wait for earlier work.
         if divisor.device.type == "cpu" and divisor.item() == 1:
             return None
         return divisor

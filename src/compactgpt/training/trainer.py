@@ -1,8 +1,7 @@
 """The training loop. A resumed run gives the same bits as an uninterrupted run.
 
 The batch depends only on (seed, step), and dropout only on (seed, step, micro-batch). So a training state
-needs no random state. On a GPU, losses are read only at some steps, because to read a loss, the program
-must wait for the GPU.
+needs no random state.
 """
 
 import hashlib
@@ -92,7 +91,7 @@ class Trained:
 def run_key(params: Params, splits: Splits) -> str:
     """Return a hash of everything that the result of a run depends on.
 
-    The number of processes is left out: it changes only the rounding of the result.
+    The number of processes is left out, because it changes only rounding.
     """
     package = Path(__file__).parents[1]
     sources = sorted(path for pattern in SOURCES for path in package.glob(pattern))
@@ -114,15 +113,10 @@ def run_key(params: Params, splits: Splits) -> str:
 
 
 def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = Callbacks()) -> Trained:
-    """Train the model of params.yaml, and return it; resume if `folder` has a state.
+    """Train the model of params.yaml, and return it; resume if `folder` has a training state.
 
-    The name of `folder` is `run_key(params, splits)`.
-
-    Raises:
-        Busy: `should_stop` returned True; the next call resumes from the saved state.
-        NotFinite: a loss or a gradient is NaN or infinite.
-        OutOfMemory: the device has too little memory.
-        BadConfig, BadData: parameters, initial weights and data do not fit together.
+    Raises Busy when `should_stop` returns True and the state is saved, and NotFinite for a loss or gradient
+    that is NaN or infinite.
     """
     device, max_steps = resolve_device(params.runtime.device), params.training.max_steps
     with init_process_group(params.training.launcher, device) as group, _memory_errors():
@@ -141,7 +135,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
             if stops:
                 raise Busy(
                     f"stopped at step {trainer.step} of {max_steps}, which is saved: "
-                    "run `dvc repro` again, it resumes from there"
+                    "run `dvc repro` again to resume from this step"
                 )
         return Trained(trainer.full_model().eval(), trainer.rows, resumed_from)
 
@@ -159,14 +153,14 @@ class Trainer:
         group.assert_same_on_all_ranks("params.yaml, data or program", self.run_key)
         self.device = resolve_device(params.runtime.device)
         self.log_interval = params.runtime.log_interval
-        # A GPU runs asynchronously, so losses stay on the GPU until they are reported.
+        # To read a loss, the program must wait for the GPU, so losses stay there until they are reported.
         self.defers_losses = self.device == "cuda"
         # The windows of the val split on which the validation loss is computed.
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
             counts = token_counts(splits.train.tokens, self.shape.vocab_size)
-        # Only for a sampled softmax: each token's probability to be drawn, (vocab_size,).
+        # Only for a sampled softmax: each token's probability to be in a sample, (vocab_size,).
         self.inclusion: npt.NDArray[np.float64] | None = None
         if self.training.head == "sampled" and counts is not None:
             size, power = self.training.sample_tokens, self.training.sample_power
@@ -175,7 +169,7 @@ class Trainer:
         self.model, self.optimizers = self._build_model(counts)
         self.step = 0  # number of updates made so far
         self.rows: list[Row] = []
-        # (step from 0, loss, gradient norm) of each step that was not reported yet.
+        # Triples (step counted from 0, loss, gradient norm) of the steps that were not reported yet.
         self.unreported: list[tuple[int, Tensor, Tensor]] = []
         self.losses: list[float] = []  # training losses of the steps since the last row of the loss curve
 
@@ -214,7 +208,7 @@ class Trainer:
         return model
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the model and the optimizers by name, not copies of them."""
+        """Return the tensors of the model and the optimizers by name, without copying them."""
         return {**self.model.state_dict(), **self.optimizers.state}
 
     def save(self) -> None:
@@ -252,8 +246,7 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, ...]:
         """Return the arguments of `GPT.forward` for this process's slice of the step's batch.
 
-        They are tokens and targets, (rows, T). A sampled softmax adds a table, (K, C), and a correction,
-        (K,).
+        A sampled softmax adds `table` and `correction` to tokens and targets.
         """
         seed, train = self.training.seed, self.splits.train.tokens
         tokens, targets = training_batch(
@@ -269,7 +262,7 @@ class Trainer:
 
     def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
-        # The copy from pinned memory runs while the program draws the next batch.
+        # The copy from pinned memory runs while the program continues.
         tensor = tensor.pin_memory() if self.defers_losses else tensor
         return tensor.to(self.device, non_blocking=True)
 
@@ -309,10 +302,9 @@ class Trainer:
                 callbacks.on_row(self.rows)
 
     def read_losses(self) -> list[tuple[int, float]]:
-        """Return a pair (step from 1, loss in nats per token) for each new step.
+        """Return a pair (step from 1, loss in nats per token) for each unreported step.
 
-        On a GPU, the function waits for the losses. Raises NotFinite if a loss or gradient norm is not
-        finite.
+        Raises NotFinite if a loss or gradient norm is not finite.
         """
         if not self.unreported:
             return []
@@ -331,20 +323,20 @@ class Trainer:
         found = " and the ".join(f"{name} is {float(number)}" for name, number in numbers.items())
         raise NotFinite(
             f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved, and its "
-            f"batch (seed {self.training.seed}, step {step} from 0) would give the same numbers again: in "
-            f"params.yaml {LOWER_RATES}, then run `dvc repro`"
+            f"batch (seed {self.training.seed}, step {step} from 0) would fail again: in params.yaml "
+            f"{LOWER_RATES}, then run `dvc repro`"
         )
 
     def add_row(self) -> None:
         """Add a row to the loss curve, and save the model if it is best."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._check_finite(self.step - 1, {"validation loss": val_loss})
-        # All steps have the same number of tokens: this is the mean over tokens.
+        # All steps have the same number of tokens, so the mean over steps is the mean over tokens.
         row = Row(self.step, math.fsum(self.losses) / len(self.losses), val_loss)
         self.rows.append(row)
         self.losses = []
         is_best = row is best_row(self.rows) and self.step < self.training.max_steps
-        # Losses may differ by rounding between machines, so the main process decides.
+        # Losses may differ by rounding between machines, so only the main process decides.
         if self.group.any_rank(is_best and self.group.is_main_process):
             model = self.full_model()
             if self.group.is_main_process:
@@ -370,8 +362,8 @@ def _memory_errors() -> Iterator[None]:
 def save_results(params: Params, trained: Trained, states: Path, model: Path, curve: Path) -> dict[str, Any]:
     """Write the trained model and its loss curve; return the content of reports/training.json.
 
-    The folder `model` gets the last weights. If an earlier validation loss was lower, `model`/best gets the
-    weights of that step. `states` is the folder of the run's training states.
+    The folder `model` gets the last weights. If an earlier val loss was lower, `model`/best gets the weights
+    of its step, from the folder `states`.
     """
     training, rows = params.training, trained.rows
     best = best_row(rows)
