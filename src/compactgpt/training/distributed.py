@@ -121,14 +121,13 @@ class Group:
 
         If `work` fails, the main process raises the error, and the others exit with code 0.
         """
-        result: T | None = None
+        answer: list[Any] = [None, False]  # the result, and whether `work` failed
         failure: Exception | None = None
         if self.is_main_process:
             try:
-                result = work()
+                answer[0] = work()
             except (UserError, OSError) as error:
-                failure = error
-        answer = [result, failure is not None]
+                failure, answer[1] = error, True
         if self.world_size > 1:
             dist.broadcast_object_list(answer)
         if failure:

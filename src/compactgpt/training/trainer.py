@@ -237,8 +237,6 @@ class Trainer:
         tokens, targets, *head = self._batch()
         loss = self._accumulate_gradient(tokens, targets, *head)
         grad_norm = self.optimizers.grad_norm()
-        if not self.defers_losses:  # on a GPU, `read_losses` checks the numbers later
-            self._check_finite(self.step, {"training loss": loss, "norm of its gradient": grad_norm})
         self.unreported.append((self.step, loss, grad_norm))
         self.optimizers.update(self.step, grad_norm)
         self.step += 1
@@ -317,10 +315,10 @@ class Trainer:
         self.losses += [loss for _, loss in losses]
         return losses
 
-    def _check_finite(self, step: int, numbers: Mapping[str, float | Tensor]) -> None:
+    def _check_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         if all(math.isfinite(number) for number in numbers.values()):
             return
-        found = " and the ".join(f"{name} is {float(number)}" for name, number in numbers.items())
+        found = " and the ".join(f"{name} is {number}" for name, number in numbers.items())
         raise NotFinite(
             f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved, and its "
             f"batch (seed {self.training.seed}, step {step} from 0) would fail again: in params.yaml "
