@@ -13,56 +13,54 @@ from tests.support.tiny_models import save_random_gpt2, save_tokenizer, tiny_gpt
 TOKENS = torch.arange(12)[None]
 
 
-def logits_of(model):
-    with torch.no_grad():
-        return model.hidden(TOKENS) @ model.wte.weight[: model.shape.vocab_size].T
-
-
-def change_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+@torch.no_grad()
+def logits_of(folder):
+    """Return the logits of our GPT with the weights of a folder."""
+    model = huggingface.load_hf(folder)
+    return model.hidden(TOKENS) @ model.wte.weight[: model.shape.vocab_size].T
 
 
 def test_we_load_what_transformers_saves_and_openai_published_with_equal_logits(tmp_path):
     theirs = save_random_gpt2(tmp_path)
     with torch.no_grad():
         expected = theirs(TOKENS).logits
-    torch.testing.assert_close(logits_of(huggingface.load_hf(tmp_path)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(tmp_path), expected, atol=1e-4, rtol=0)
     # OpenAI's published files have no prefix and contain attention masks
     path = tmp_path / "model.safetensors"
     published = {key.removeprefix("transformer."): tensor for key, tensor in load_file(path).items()}
     published |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     save_file(published, path)
-    torch.testing.assert_close(logits_of(huggingface.load_hf(tmp_path)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(tmp_path), expected, atol=1e-4, rtol=0)
+
+
+def change(**changes):
+    """Return a function that changes the config.json of a folder."""
+
+    def change_config(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change_config
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("damage", "error", "message"),
     [
-        ({"model_type": "llama"}, BadConfig, "model_type is 'llama'"),
-        ({"activation_function": "relu"}, BadConfig, "activation_function is 'relu'"),
-        ({"n_inner": 7}, BadConfig, "n_inner is 7"),
-        ({"layer_norm_epsilon": 1e-6}, BadConfig, "layer_norm_epsilon is 1e-06"),
-        ({"n_embd": "wide"}, BadConfig, "does not describe a GPT-2"),
-        ({"n_layer": 3}, BadData, r"h\.2\.attn\.c_attn\.bias is missing"),
+        (change(model_type="llama"), BadConfig, "model_type is 'llama'"),
+        (change(activation_function="relu"), BadConfig, "activation_function is 'relu'"),
+        (change(n_inner=7), BadConfig, "n_inner is 7"),
+        (change(layer_norm_epsilon=1e-6), BadConfig, "layer_norm_epsilon is 1e-06"),
+        (change(n_embd="wide"), BadConfig, "does not describe a GPT-2"),
+        (change(n_layer=3), BadData, r"h\.2\.attn\.c_attn\.bias is missing"),
+        (lambda f: (f / "config.json").unlink(), MissingInput, r"config\.json is missing"),
+        (lambda f: (f / "model.safetensors").unlink(), MissingInput, r"model\.safetensors is missing"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50_000), BadData, "not a valid safetensors"),
     ],
 )
-def test_a_variant_that_we_do_not_compute_is_refused(tmp_path, changes, error, message):
+def test_a_variant_or_file_that_we_can_not_read_is_refused(tmp_path, damage, error, message):
     save_random_gpt2(tmp_path)
-    change_config(tmp_path, **changes)
+    damage(tmp_path)
     with pytest.raises(error, match=message):
-        huggingface.load_hf(tmp_path)
-
-
-def test_a_missing_or_damaged_file_is_named(tmp_path):
-    with pytest.raises(MissingInput, match=r"config\.json is missing"):
-        huggingface.load_hf(tmp_path)
-    save_random_gpt2(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 50_000)
-    with pytest.raises(BadData, match="is not a valid safetensors file"):
-        huggingface.load_hf(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(MissingInput, match=r"model\.safetensors is missing"):
         huggingface.load_hf(tmp_path)
 
 

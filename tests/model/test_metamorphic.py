@@ -55,9 +55,9 @@ def test_the_order_of_documents_the_run_and_a_second_copy_change_no_figure(tmp_p
     assert shuffled.ids == [once.ids[index] for index in order]
     # A neural model sums the rows of another batch in another order; the others add whole numbers.
     np.testing.assert_allclose(shuffled.nats, once.nats[order], rtol=1e-6 if name == "compact" else 0)
-    found = [figures(totals.nats, totals) for totals in (once, twice)]
+    expected, found = (figures(totals.nats, totals) for totals in (once, twice))
     for figure in ("loss", "perplexity", "bits_per_byte", "word_perplexity"):
-        assert found[1][figure]["value"] == pytest.approx(found[0][figure]["value"], rel=1e-6)
+        assert found[figure]["value"] == pytest.approx(expected[figure]["value"], rel=1e-6)
 
 
 def test_uniform_logits_score_the_logarithm_of_gpt2s_vocabulary_without_padding_rows(tmp_path):

@@ -75,26 +75,20 @@ def test_a_sample_of_everything_is_the_full_softmax():
         torch.testing.assert_close(exact, found, atol=1e-12, rtol=1e-12)
 
 
-def test_the_loss_is_too_low_by_half_the_relative_variance_and_the_bias_falls_with_the_sample():
-    """The bias to the first order is -Var(Z') / (2 Z^2), the mean over rows (the module's docstring)."""
+def test_the_loss_is_too_low_by_half_the_relative_variance():
+    """The sample's sum of exponentials estimates Z; the bias of its log is about -Var / (2 Z^2)."""
     x, weight, targets = problem()
-    exact, draws, gradient_bias = full(x, weight, targets), 4000, {}
-    e = (x @ weight.T).exp().numpy()
+    draws, e = 4000, (x @ weight.T).exp().numpy()
     for size in (20, 45):
         inclusion = inclusion_probabilities(COUNTS, size, 0.75)
-        found = [sampled(x, weight, targets, inclusion, step) for step in range(draws)]
-        losses = torch.stack([loss for loss, _, _ in found]) - exact[0]
-        gradients = torch.stack([dw for _, _, dw in found]) - exact[2]  # (draws, V, C)
+        losses = torch.stack([sampled(x, weight, targets, inclusion, step)[0] for step in range(draws)])
         inclusion[targets.numpy()] = 1
         variance = (e**2 * (1 - inclusion) / inclusion).sum(1)
         predicted = -(variance / (2 * e.sum(1) ** 2)).mean()
-        bias, error = losses.mean().item(), (losses.std() / math.sqrt(draws)).item()
+        bias = (losses - full(x, weight, targets)[0]).mean().item()
+        error = (losses.std() / math.sqrt(draws)).item()
         assert bias == pytest.approx(predicted, rel=0.25, abs=4 * error)
-        assert bias < -4 * error  # it is larger than chance
-        squares = gradients.mean(0).square().sum() - gradients.var(0).sum() / draws
-        gradient_bias[size] = squares.clamp(min=0).sqrt()
-    assert gradient_bias[20] < 0.1 * exact[2].norm()
-    assert gradient_bias[45] < 0.4 * gradient_bias[20]
+        assert bias < -4 * error  # larger than chance
 
 
 def test_rows_outside_of_a_step_keep_weights_and_moments():

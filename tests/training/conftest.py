@@ -1,11 +1,10 @@
 """Folders with token files, and with the input of the training stage."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_training import make_tokens, params_tree
+from tests.support.tiny_training import make_tokens, write_params
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +18,6 @@ def project(tmp_path, monkeypatch):
     for name in ("DVC_ROOT", "DVC_STAGE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text(json.dumps(params_tree()))  # JSON is YAML
+    write_params()
     make_tokens(Path("data/tokens"))
     return tmp_path

@@ -12,7 +12,7 @@ from compactgpt.common.errors import Busy
 from compactgpt.model.cross_entropy import CAP, exponentials
 from compactgpt.model.gpt import GPT
 from compactgpt.training import trainer
-from tests.support.tiny_training import assert_same_bits, make_tokens, params_of
+from tests.support.tiny_training import assert_same_bits, make_tokens, params_of, stop_after
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no Nvidia GPU here")
 
@@ -69,14 +69,8 @@ def test_a_gpu_gives_the_same_bits_twice_and_after_a_stop(tmp_path, compiles):
     params = params.model_copy(update={"runtime": runtime})
     whole = trainer.train(params, splits, tmp_path / "whole")
     assert_same_bits(whole, trainer.train(params, splits, tmp_path / "again"))
-    steps = []
     with pytest.raises(Busy, match="step 4 of 9"):
-        trainer.train(
-            params, splits, tmp_path / "stopped",
-            trainer.Callbacks(
-                on_step=lambda step, _model: steps.append(step), should_stop=lambda: steps[-1:] == [3]
-            ),
-        )  # fmt: skip
+        trainer.train(params, splits, tmp_path / "stopped", trainer.Callbacks(should_stop=stop_after(4)))
     rest = trainer.train(params, splits, tmp_path / "stopped")
     assert rest.resumed_from == 4
     assert_same_bits(whole, rest)

@@ -15,20 +15,20 @@ from compactgpt.tracking import training_callbacks
 from compactgpt.tracking.journal import NullTracker
 from compactgpt.training import trainer
 from compactgpt.training.initialization import folder_sha256
-from tests.support.tiny_training import outputs, params_of, params_tree, run_stage
+from tests.support.tiny_training import outputs, params_of, params_tree, run_stage, write_params
 
 pytestmark = pytest.mark.usefixtures("project")
 
 
-def write_params(**changes):
-    Path("params.yaml").write_text(json.dumps(params_tree(**changes)))  # JSON is YAML
+def read_report():
+    return json.loads(Path("reports/training.json").read_text())
 
 
 def test_the_stage_writes_model_curve_and_report_the_same_each_time():
     first = run_stage()
     assert (first.exit_code, first.exception) == (0, None)
     written = outputs()
-    report = json.loads(Path("reports/training.json").read_text())
+    report = read_report()
     assert (report["tokens"], report["diverged"]) == (6 * 32, False)
     lines = Path("reports/loss.csv").read_text().splitlines()
     assert lines[0] == "step,train_loss,val_loss"
@@ -73,15 +73,12 @@ def test_a_user_sees_batch_progress_time_left_and_the_expected_loss(monkeypatch)
 
 def test_a_gpt2_in_hugging_faces_form_is_fine_tuned_once_its_hash_is_in_params(project):
     shape = {"bias": True, "gelu": "tanh"}
-    budget = {"max_steps": 60, "eval_interval": 30, "checkpoint_interval": 30}
-    splits = trainer.open_splits(project / "data/tokens")
-    base = trainer.train(params_of(**budget, model=shape), splits, project / "base")
+    params = params_of(max_steps=60, eval_interval=30, checkpoint_interval=30, model=shape)
+    base = trainer.train(params, trainer.open_splits(project / "data/tokens"), project / "base")
     save_hf(base.model, project / "gpt2")
     write_params(init_from="gpt2", init_sha256="0" * 64, model=shape)
-    refused = run_stage()
-    assert refused.exit_code == 78
-    sha256 = folder_sha256(Path("gpt2"))
-    assert sha256 in refused.output
+    refused, sha256 = run_stage(), folder_sha256(Path("gpt2"))
+    assert (refused.exit_code, sha256 in refused.output) == (78, True)
     write_params(init_from="gpt2", init_sha256=sha256, model=shape)
     assert run_stage().exit_code == 0
     first = float(Path("reports/loss.csv").read_text().splitlines()[1].split(",")[2])
@@ -90,19 +87,21 @@ def test_a_gpt2_in_hugging_faces_form_is_fine_tuned_once_its_hash_is_in_params(p
 
 
 @pytest.mark.parametrize(
-    ("section", "changes", "message"),
+    ("make", "code", "message"),
     [
-        ("training", {"seed": 2**63}, "should be less than 9223372036854775808"),  # numpy: two seeds alike
-        ("runtime", {"device": "cuda"}, "runtime.device: found cuda, but torch .* use auto, or cpu"),
+        # numpy draws the same numbers from two of these seeds
+        (lambda tree: tree["training"].update(seed=2**63), 78, "should be less than 9223372036854775808"),
+        (lambda tree: tree["runtime"].update(device="cuda"), 78, "found cuda, .* use auto, or cpu"),
+        (lambda _: Path("data/tokens/manifest.json").unlink(), 66, "error: data/tokens/manifest.json"),
     ],
 )
-def test_impossible_seeds_and_devices_are_one_sentence(monkeypatch, section, changes, message):
+def test_a_mistake_is_one_sentence(monkeypatch, make, code, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tree = params_tree()
-    tree[section].update(changes)
+    make(tree)
     Path("params.yaml").write_text(json.dumps(tree))
     result = run_stage()
-    assert (result.exit_code, type(result.exception)) == (78, SystemExit)
+    assert (result.exit_code, type(result.exception)) == (code, SystemExit)
     assert re.search(message, result.output)
     assert "Traceback" not in result.output
 
@@ -111,25 +110,11 @@ def test_a_diverged_training_is_reported_once_and_in_the_report():
     write_params(learning_rate=1e3, embedding_learning_rate=1e3, schedule="constant", warmup_steps=0)
     result = run_stage()
     assert result.exit_code == 0
-    report = json.loads(Path("reports/training.json").read_text())
-    assert report["diverged"] is True
-    assert report["val_loss"] > 10
+    assert (read_report()["diverged"], read_report()["val_loss"] > 10) == (True, True)
     (warning,) = [line for line in result.output.splitlines() if "diverged" in line]
-    assert re.match(
-        r"training: training has diverged: the val loss at step \d of 6 is [\d,.]+, the loss of", warning
-    )
-    assert "lower training.learning_rate" in warning
+    assert re.match(r"training: .* the val loss at step \d of 6 is .* lower training.learning_rate", warning)
 
 
 def test_a_warm_up_longer_than_the_training_says_what_happens():
     write_params(warmup_steps=11)
-    says = "training.warmup_steps (11) is not below training.max_steps (6): the learning rate only rises, "
-    says += "and never falls"
-    assert says in run_stage().output
-
-
-def test_missing_tokens_are_one_sentence():
-    Path("data/tokens/manifest.json").unlink()
-    result = run_stage()
-    assert result.exit_code == 66
-    assert result.output.startswith("error: data/tokens/manifest.json is missing")
+    assert "training.warmup_steps (11) is not below training.max_steps (6): the" in run_stage().output
