@@ -68,6 +68,33 @@ def test_a_lock_with_conflict_markers_is_left_to_the_user_with_advice_that_works
     assert "up to date" in dvc(project, "status")
 
 
+EDITED = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from stages._runner import open_stage
+with open_stage("training", "none") as stage:
+    Path("data/out").write_text(str(stage.params.training.max_steps))
+    if not Path("edited").exists():
+        Path("params.yaml").write_text(Path("params.yaml").read_text().replace("steps: 1400", "steps: 90"))
+        Path("edited").touch()
+"""
+
+
+def test_dvc_records_no_parameter_that_changed_while_the_stage_ran(project):
+    """The user prepares the next run while training runs: treeverse/dvc#11058."""
+    stage = {"cmd": "python edited.py", "params": ["training"], "outs": ["data/out"]}
+    YAML().dump({"stages": {"training": stage}}, project / "dvc.yaml")
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "edited.py").write_text(EDITED.format(root=str(ROOT)))
+    done = run(project, "dvc", "repro", check=False)
+    assert "error: changed while training ran: training.max_steps (1400 -> 90)" in done.stderr
+    assert "training:" not in (project / "dvc.lock").read_text()
+    shutil.copy(ROOT / "params.yaml", project)  # the message's advice: restore the earlier version
+    dvc(project, "repro")
+    assert "up to date" in dvc(project, "status")
+    assert "max_steps: 1400" in (project / "dvc.lock").read_text()
+
+
 def repro_as_make_does(project):
     """Run what `make repro` runs of DVC; `compactgpt check` wants the whole project."""
     lines = [line for line in run(ROOT, "make", "-n", "repro").stdout.splitlines() if line.startswith("dvc ")]
