@@ -1,6 +1,6 @@
 """The claims of the note *Performance de NanoGPT Compact contre GPT-2*, and their verdicts.
 
-Evidence inside the interval of a claim supports the claim.
+Most claims give an interval, such as a perplexity of 80 to 120. A value inside it supports the claim.
 """
 
 import math
@@ -27,11 +27,11 @@ Verdict = Literal[
     "unverifiable",
     "not yet measured",
 ]
-# How a value is known. `derived` means calculated from published values.
+# How a value is known. `derived`: calculated from published values. `reported`: from somebody else's log.
 Known = Literal["measured", "computed", "published", "derived", "estimated", "reported"]
-# Evidence decides a claim only if it is known in one of these ways.
+# A value decides a claim only if it is known in one of these ways.
 DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
-# Below this overlap, two claims contradict each other. It is a share of the shorter interval.
+# Two claims contradict each other if their intervals share less than this part of the shorter one.
 LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
@@ -41,19 +41,17 @@ class ByEvidence(Section):
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]  # ids of the values that decide the claim
-    until_measured: tuple[str, ...] = ()  # ids of the values that decide while a value of `ids` is missing
+    until_measured: tuple[str, ...] = ()  # ids of the values that decide until all of `ids` exist
     copied: bool = False  # True: the values are copied from the note, so their agreement proves nothing
     reason: str = ""
 
 
 class ByAgreement(Section):
-    """How to judge a claim: check whether claims of the note agree.
-
-    `of` has ids of claims: (perplexity, loss) for `logarithm`, (perplexity, perplexity, ratio) for `ratio`.
-    """
+    """How to judge a claim: check whether other claims of the note agree with each other."""
 
     by: Literal["agreement"]
     through: Literal["logarithm", "ratio"]
+    # Ids of claims: (perplexity, loss) for `logarithm`, (perplexity, perplexity, ratio) for `ratio`.
     of: tuple[str, ...]
     reason: str = ""
 
@@ -147,7 +145,7 @@ class Evidence:
     exact: bool = False  # True for counts, which have no uncertainty
     stage: str = "comparison"  # the stage that computed the value
     report: str = ""  # the file that contains the value
-    context: int | None = None  # the maximum number of tokens that the model could see
+    context: int | None = None  # number of tokens in a window; None: the value does not depend on windows
     stride: int | None = None  # number of tokens between the starts of two neighbouring windows
     tokenizer: str = ""
     data_sha256: str = ""  # hash of the token file on which the value was measured
@@ -182,9 +180,9 @@ class Decision:
     """The comparison of one value with a claim."""
 
     source: str  # the id of the evidence, or the ids of the claims that were compared
-    low: float  # interval of the value
+    low: float  # lower limit of the value
     high: float
-    relation: Relation  # position of this interval relative to the claimed interval
+    relation: Relation  # whether the value's limits are inside the claimed interval
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Trace a value of reports/evidence.json to its code, input files and commit.
-
-The code is identified by a hash.
-"""
+"""Trace a value of reports/evidence.json to its code, input files and commit."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,9 +14,9 @@ RECORD = Path("reports/evidence.json")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return a dict: stage -> hash of its Python files.
+    """Return a dict: stage -> SHA-256 of a list of its Python files.
 
-    The hash is the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
+    The list has a line `<SHA-256 of the file>  <path>` for each file.
     """
     hashes = {}
     for stage, body in read_stages(Folder(root)).items():

@@ -20,7 +20,7 @@ from compactgpt.forecast.model_size import count_parameters
 from compactgpt.forecast.sweep import documents_sha256
 from compactgpt.reporting.claims import COMPACT
 
-# Names of sweeps. Their files in results/ have another format, see compactgpt.forecast.sweep.
+# Names of sweeps. Their files in results/ have the format of `compactgpt.forecast.sweep.Sweep`.
 SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
 # Id of a perplexity ratio -> the experiments that measured numerator and denominator.
 PAIRS = {
@@ -71,10 +71,9 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 
 
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
-    """Write the values of an experiment's run to results/NAME.json and return the path.
+    """Write the last run's measured values to results/NAME.json and return the path.
 
-    Raises BadConfig for a sweep, or if params.yaml, the experiment and reports/ differ. Raises MissingInput
-    if a report is missing.
+    Raises BadConfig if that run is not the experiment NAME, MissingInput if a report is missing.
     """
     if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")

@@ -1,4 +1,4 @@
-"""Compare small runs with the directions of effects that the checked note claims.
+"""Check with small runs whether effects have the direction that the note claims.
 
 The runs are in results/small-scale.json.
 """
@@ -19,7 +19,7 @@ from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_
 from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
-# Text metric -> function that computes it. It returns None if the text is too short.
+# Text metric -> function that computes it. The result is None if the text is too short.
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
     "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
@@ -28,9 +28,9 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def find_directions(root: Path) -> list[dict[str, Any]]:
-    """Return what the small runs show: one dict for each claim of each comparison.
+    """Return a dict for each comparison of runs and each claim that the comparison tests.
 
-    The outcome is `same way` as the claim, `other way` or `no effect found`.
+    Its `outcome` is `same way`, `other way` or `no effect found`.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -65,9 +65,9 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return half the width of the 95 % interval of a difference between means of `ours` and `theirs` runs.
+    """Return the 95 % error margin of a difference between means of `ours` and `theirs` runs.
 
-    `losses`, (runs,), are from runs that differ only in their seed.
+    `losses`, (runs,), are of runs that differ only in their seed.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)
@@ -76,7 +76,7 @@ def seed_margin(losses: Any, ours: int, theirs: int) -> float:
 def widen(interval: Interval, margin: float) -> Interval:
     """Widen the interval of a ratio by a second, independent error.
 
-    `margin` is the error's half width for the logarithm of the ratio.
+    `margin` is the second error's margin, for the logarithm of the ratio.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -103,7 +103,7 @@ def text_difference(
 ) -> Interval | None:
     """Return a metric's mean difference, first minus second text, with Student's 95 % interval.
 
-    Returns None if fewer than two pairs are usable.
+    Returns None if fewer than two pairs have texts that are long enough.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]

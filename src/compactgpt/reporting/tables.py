@@ -221,7 +221,7 @@ class View:
         """
         names: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
         for name in self.baselines:
-            ratio = self.evidence.get(f"ratio.{COMPACT}_to_{name}.perplexity")  # None: infinite ratio
+            ratio = self.evidence.get(f"ratio.{COMPACT}_to_{name}.perplexity")  # None: the ratio is infinite
             key = "worse" if not ratio or ratio["low"] > 1 else "better" if ratio["high"] < 1 else "level"
             names[key].append(name)
         parts = [self.say(f"own_{key}", names=", ".join(found)) for key, found in names.items() if found]
