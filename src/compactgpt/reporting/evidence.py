@@ -1,6 +1,6 @@
 """Build reports/evidence.json from reports, claims and published values.
 
-Most ids have the form `<model>.<quantity>` or `<model>.<corpus>.<quantity>`.
+Most values have an id of the form `<model>.<quantity>` or `<model>.<corpus>.<quantity>`.
 """
 
 from collections import Counter
@@ -19,11 +19,11 @@ from compactgpt.evaluation.totals import Floats, figures
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.reporting.claims import COMPACT, Evidence, Published, judge_claims
 from compactgpt.reporting.results import compare_results
-from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sources, ViewScore
+from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Scores, Sources
 
 NOTE = "note"
 NATS = "nats per token"
-# (kind, name) of the corpora with which the reports check the note's claims.
+# (kind, name) of the corpora whose reports are about the note. Other corpora are the user's own text.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
@@ -39,7 +39,7 @@ TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}
 
 
 def build_record(sources: Sources) -> dict[str, Any]:
-    """Judge the claims and return the record as plain JSON.
+    """Judge the claims and return the content of reports/evidence.json.
 
     Raises BadConfig if two values have the same id.
     """
@@ -69,7 +69,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
             "shape": estimate.compact.model.model_dump(include={"n_layer", "n_head", "n_embd"}),
         },
         "forecast": {f"inside_{share}": low <= loss <= high for share, (low, high) in expected.items()},
-        "notes": estimate.compact.notes,
+        "notes": estimate.notes,
         "calibration": estimate.calibration.model_dump(),
         "diverged": sources.training.diverged,
         "validation": validation.model_dump() | {"window": window},
@@ -97,21 +97,16 @@ def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[d
 
 
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:
-    """Return a model's rows in the table of measured models.
-
-    The key `view` names the windows:
-    - `matched`: shared by all neural models
-    - `own`: the model's maximum context
-    - `both`: shared, with the maximum context
-    - `document`: no windows
-    """
+    """Return a model's rows in the table of measured models: two rows if it has two contexts."""
     name, model = measured.name, measured.score.model
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
     if model.context != IN_WINDOW:
-        return [about | {"view": "document"}]
+        return [about | {"view": "document"}]  # a model without windows, such as a compressor
     if ".own" in _nats_by_view(measured):
+        # `matched`: the windows that all neural models share. `own`: the model's maximum context.
         own = {"view": "own", "scores": f"{name}.own", "tokens": measured.score.views["own"].context}
         return [about | {"view": "matched"}, about | own]
+    # `both`: the shared windows are as long as the model's maximum context.
     return [about | {"view": "both" if "own" in measured.totals.views else "matched"}]
 
 
@@ -145,7 +140,7 @@ def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
     """Yield every value of the record: estimated, counted, published and measured."""
     note = sources.estimate.note
     yield from _estimated(NOTE, note)
-    by_hand = note.hand_set_loss
+    by_hand = sources.estimate.hand_set_loss
     source = f"params.yaml, estimate.note.hand_set_loss, written when a public log was known: {by_hand.basis}"
     yield Evidence(
         f"{NOTE}.hand_set_loss", by_hand.value, NATS, "estimated", NOTE, source, "OpenWebText val",
@@ -246,7 +241,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 
 
 def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
-    """Calculate a value and its limits from a published loss."""
+    """Return the perplexity or bits per byte that a published loss gives, with its limits."""
     limits = {"low": loss.low, "high": loss.high}
     ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
     return replace(
@@ -260,19 +255,25 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return a dict: windows ("": shared, ".own": own maximum context) -> loss in nats, (documents,)."""
+    """Return a dict: name of a view -> the loss of each document in nats, (documents,).
+
+    The view "" has the windows that all models share, ".own" has the model's maximum context.
+    """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
 
 
-def _common(measured: Measured, sources: Sources, view: str | None = None) -> dict[str, Any]:
+def _windows(measured: Measured, view: str) -> dict[str, int]:
+    """Return a view's context and stride as fields of `Evidence`, or {} if the model has no windows."""
+    if view == "" and measured.score.model.kind in ("compressor", "ngram"):
+        return {}
+    size = measured.score.views["own"].context if view == ".own" else measured.score.window
+    return {"context": size, "stride": size}
+
+
+def _common(measured: Measured, sources: Sources) -> dict[str, Any]:
     """Return the fields of Evidence that the values of one model's report share."""
-    score, ours, is_recipe = measured.score, measured.name == COMPACT, measured.name == RECIPE
-    model = score.model
-    # Values without a view, compressors and n-gram models have no windows.
-    window = score.window if view == "" and model.kind not in ("compressor", "ngram") else None
-    if view == ".own":
-        window = score.views["own"].context
+    model, ours, is_recipe = measured.score.model, measured.name == COMPACT, measured.name == RECIPE
     return {
         "known": "measured",
         "model": measured.name,
@@ -281,10 +282,8 @@ def _common(measured: Measured, sources: Sources, view: str | None = None) -> di
         "stage": "evaluation" if ours else "comparison" if is_recipe else f"baseline@{measured.name}",
         "report": measured.source,
         "tokenizer": sources.tokenization.tokenizer.encoding if ours or is_recipe else model.tokenizer,
-        "data_sha256": score.validation.sha256,
+        "data_sha256": measured.score.validation.sha256,
         "weights_sha256": sources.weights_sha256 if ours else model.sha256 or model.weights_sha256,
-        "context": window,
-        "stride": window,
     }
 
 
@@ -312,7 +311,7 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
     return Evidence(name, bounds.value, unit, low=bounds.low, high=bounds.high, **about)
 
 
-def _scores(stem: str, found: Score | ViewScore, about: Mapping[str, Any]) -> Iterator[Evidence]:
+def _scores(stem: str, found: Scores, about: Mapping[str, Any]) -> Iterator[Evidence]:
     """Yield loss, bits per byte, and the perplexity if it fits into a float."""
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):
@@ -322,7 +321,8 @@ def _scores(stem: str, found: Score | ViewScore, about: Mapping[str, Any]) -> It
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
     """Yield a model's scores for each context, and a baseline's numbers of parameters."""
     name, score = measured.name, measured.score
-    on_windows, about = _common(measured, sources, ""), _common(measured, sources)
+    about = _common(measured, sources)
+    on_windows = about | _windows(measured, "")
     yield from _scores(name, score, on_windows)
     counts = {"all_tensors": score.model.num_params, "non_embedding": score.model.num_params_non_embedding}
     for convention, size in counts.items():
@@ -332,9 +332,8 @@ def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
     if score.word_perplexity is not None:
         yield _interval(f"{name}.word_perplexity", score.word_perplexity, "perplexity", on_windows)
     for view, found in score.views.items():
-        yield from _scores(
-            f"{name}.{view}", found, about | {"context": found.context, "stride": found.stride}
-        )
+        windows = {"context": found.context, "stride": found.stride}
+        yield from _scores(f"{name}.{view}", found, about | windows)
 
 
 def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
@@ -369,7 +368,7 @@ def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidenc
             continue
         for view, nats in _nats_by_view(measured).items():
             scores = figures(nats, totals, chosen)
-            about = _common(measured, sources, view) | {"stage": "comparison"}
+            about = _common(measured, sources) | _windows(measured, view) | {"stage": "comparison"}
             about["corpus"] = f"{about['corpus']}, {documents} {part} documents"
             about["source"] = f"{measured.totals_path}, reports/inspection.json"
             for quantity, unit in SCORE_UNITS.items():
@@ -386,7 +385,8 @@ def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidenc
         nats, tokens = _nats_by_view(compact).get(view, ours.nats), ours.tokens[scored].astype(float)
         ratio = perplexity_ratio(nats[scored], theirs[scored], tokens)
         source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
-        about = _common(compact, sources, view) | {"stage": "comparison", "source": source}
+        about = _common(compact, sources) | _windows(compact, view) | {"stage": "comparison"}
+        about["source"] = source
         if ratio.as_report():  # None: the ratio is infinite
             yield _interval(f"ratio.{COMPACT}_to_{baseline.name}{view}.perplexity", ratio, "ratio", about)
 

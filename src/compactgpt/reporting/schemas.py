@@ -37,7 +37,7 @@ class Report(BaseModel):
 class _Model(Report):
     kind: str  # kind of a baseline in params.yaml, such as `ngram`
     label: str = ""  # the model's name in tables
-    context: str  # the text that the model sees before a token, such as `the 4 tokens before`
+    context: str  # which text the model sees before it predicts a token, such as `the 4 tokens before`
     num_params: int | None
     num_params_non_embedding: int | None = None
     tokenizer: str = ""
@@ -53,19 +53,24 @@ class _Split(Report):
     sha256: str
 
 
-class ViewScore(Report):
-    """A model's loss with its own maximum context, or with windows that overlap."""
+class Scores(Report):
+    """A model's loss, perplexity and bits per byte on the val split."""
 
-    context: int  # tokens in a window
-    stride: int  # tokens between the starts of two neighbouring windows
     loss: Interval
-    perplexity: Interval | None
+    perplexity: Interval | None  # None: too large for a float
     bits_per_byte: Interval
 
 
+class ViewScore(Scores):
+    """Scores in other windows than the shared ones: of the model's maximum context, or overlapping."""
+
+    context: int  # tokens in a window
+    stride: int  # tokens between the starts of two neighbouring windows
+
+
 class _Position(Report):
-    last: int  # last position of the range in the window, counted from 1
-    loss: Interval  # nats per token of the model's tokenizer
+    last: int  # end of a range of positions in the window; the first position is 1
+    loss: Interval  # of the tokens at these positions, in nats per token of the model's tokenizer
 
 
 class _WikiText(Report):
@@ -98,21 +103,18 @@ class _Sample(Report):
 
 
 class Text(Report):
-    """Generated text: metrics, and samples. Also the schema of reports/samples.json."""
+    """Metrics and samples of generated text. Also the schema of reports/samples.json."""
 
     statistics: dict[str, dict[str, Interval | None]] = {}  # decoding strategy -> metric -> value
     samples: list[_Sample] = []
 
 
-class Score(Report):
+class Score(Scores):
     """Schema of reports/evaluation.json and reports/baseline/<name>.json."""
 
     model: _Model
     validation: _Split
-    window: int
-    loss: Interval
-    perplexity: Interval | None  # None: too large for a float
-    bits_per_byte: Interval
+    window: int  # number of tokens in the windows that all neural models share
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
     views: dict[str, ViewScore] = {}  # name of the windows (`own`, `strided`) -> scores in these windows
@@ -195,14 +197,6 @@ class Forecast(Report):
     expected_loss: ExpectedLoss
 
 
-class _CompactForecast(Forecast):
-    notes: list[str]
-
-
-class _NoteForecast(Forecast):
-    hand_set_loss: ExpectedLoss  # a person's forecast; `expected_loss` is calculated
-
-
 class _Check(Report):
     name: str  # name of the published run
     measured: float  # loss of the run
@@ -224,8 +218,11 @@ class Calibration(Report):
 class Estimates(Report):
     """Schema of reports/estimate.json."""
 
-    compact: _CompactForecast  # the run of params.yaml
-    note: _NoteForecast
+    compact: Forecast  # the run of params.yaml
+    notes: list[str] = Field(validation_alias=AliasPath("compact", "notes"))  # warnings about this forecast
+    note: Forecast  # the run of the note
+    # A person's forecast of the note's run. `note.expected_loss` is calculated.
+    hand_set_loss: ExpectedLoss = Field(validation_alias=AliasPath("note", "hand_set_loss"))
     calibration: Calibration
 
 
