@@ -41,7 +41,7 @@ _QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTA
 def render_files(record: Mapping[str, Any], language: Language) -> dict[str, bytes]:
     """Return a dict: name of a file in reports/ -> its content.
 
-    `language` is that of Markdown and plots, and the page's first language.
+    Markdown and plots are in `language`. The HTML page opens in `language` and has both languages.
     """
     content = json_bytes(record)
     record = json.loads(content)  # with sorted keys, like the record that `compactgpt verify` reads
@@ -129,11 +129,10 @@ def render_model_card(record: Record) -> str:
     view, data = View(record), record["data"]
     corpus = printable(view.corpus)
     # A perplexity that is too large for a float is not in the record.
-    found = {metric: view.evidence.get(f"{COMPACT}.{metric}") for metric in CARD_METRICS}
     metrics = [
-        {"type": metric, "name": CARD_METRICS[metric], "value": item["value"]}
-        for metric, item in found.items()
-        if item
+        {"type": metric, "name": name, "value": view.evidence[f"{COMPACT}.{metric}"]["value"]}
+        for metric, name in CARD_METRICS.items()
+        if f"{COMPACT}.{metric}" in view.evidence
     ]
     dataset = {
         "type": re.sub(r"[^\w.-]+", "-", corpus),
@@ -152,7 +151,7 @@ def render_model_card(record: Record) -> str:
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Return (text of the card, "") if the card has the hash of the weights in `model`, else ("", error)."""
+    """Return (text of the card, ""), or ("", error) if the card is missing or is of other weights."""
     if not card.is_file():
         return "", f"{card} is missing: run `dvc repro comparison` to create it"
     text = card.read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Language = Literal["en", "fr"]
 LANGUAGES: tuple[Language, ...] = ("en", "fr")
 TEMPLATES = Path(__file__).parent / "templates"
-_HTML_TAGS = {"**": "strong", "*": "em", "`": "code"}  # Markdown mark in a message -> HTML element
+_HTML_TAGS = {r"\*\*": "strong", r"\*": "em", "`": "code"}  # pattern of a Markdown mark -> HTML element
 
 
 @lru_cache
@@ -100,8 +100,5 @@ def _marks_to_html(text: str) -> "Markup":
 
     html = str(escape(text))
     for mark, tag in _HTML_TAGS.items():
-        parts = html.split(mark)
-        for inside in range(1, len(parts) - 1, 2):  # every second part is between two marks
-            parts[inside] = f"<{tag}>{parts[inside]}</{tag}>"
-        html = "".join(parts)
+        html = re.sub(f"(?s){mark}(.+?){mark}", rf"<{tag}>\1</{tag}>", html)
     return Markup(html)  # noqa: S704 (escaped above)

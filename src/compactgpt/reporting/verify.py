@@ -6,7 +6,7 @@ Estimate, scores and rendered files are computed again and compared.
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -149,17 +149,15 @@ def check_numbers(root: Path, params: Params, found: Verification) -> None:
     }
     for path, table in reports.items():
         report = read_json(root / path)
-        expected: dict[str, Any] = {}
+        expected: dict[str, Any] = {"tasks": {}}
         for task, answers in report.get("tasks", {}).items():
             if hits := answers.get("hits", ""):
-                share = wilson(hits.count("1"), len(hits))
-                accuracy = {"value": share.value, "low": share.low, "high": share.high}
-                expected.setdefault("tasks", {})[task] = {"accuracy": accuracy}
+                accuracy = asdict(wilson(hits.count("1"), len(hits)))
+                expected["tasks"][task] = {"accuracy": accuracy}
         if (root / table).exists():
             totals = read_totals(root / table)
             expected |= figures(totals.nats, totals)
-            for view, nats in totals.views.items():
-                expected.setdefault("views", {})[view] = figures(nats, totals)
+            expected["views"] = {view: figures(nats, totals) for view, nats in totals.views.items()}
             tokens, bytes_ = int(totals.tokens.sum()), int(totals.bytes.sum())
             expected["validation"] = {"documents": len(totals.ids), "tokens": tokens, "bytes": bytes_}
         else:
@@ -179,7 +177,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
         sources = read_sources(root, reports, root / "data", root / "models", params)
         record = json.loads(json_bytes(build_record(sources)))
     else:
-        found.unchecked.append(f"reports/{RECORD} against the reports (only its renderings are checked)")
+        found.unchecked.append(f"the inputs of reports/{RECORD} (the files rendered from it are checked)")
         record = read_json(reports / RECORD)
     for name, expected in render_files(record, params.comparison.language).items():
         path = reports / name
