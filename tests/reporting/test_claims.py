@@ -4,18 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from compactgpt.common.errors import BadConfig
 from compactgpt.common.sections import load_section
-from compactgpt.reporting.claims import (
-    Claim,
-    Claims,
-    Evidence,
-    Judgement,
-    Published,
-    judge_claims,
-)
+from compactgpt.reporting.claims import Claim, Claims, Evidence, Judgement, Published, judge_claims
 from tests.support.comparison_inputs import ROOT
 
 CLAIMS = load_section(ROOT / "claims.yaml", Claims)
@@ -32,101 +24,76 @@ def value(number, low=None, high=None, known="measured", exact=False, name="a") 
     return Evidence(name, number, "perplexity", known, "m", "s", low=low, high=high, exact=exact)
 
 
-def verdict_of(one: Claim, *evidence: Evidence) -> str:
-    return judge_claims([one], {item.id: item for item in evidence})[0].verdict
+SEVERAL = {"by": "evidence", "ids": ("a", "b")}
+PUBLISHED = {"by": "evidence", "ids": ("a",), "until_measured": ("b",)}
+COPIED = {"by": "evidence", "ids": ("a",), "copied": True}
+DERIVED = value(60, known="derived", name="b")
 
 
 @pytest.mark.parametrize(
-    ("evidence", "verdict"),
+    ("judged", "evidence", "verdict"),
     [
-        (value(100, 90, 110), "supported"),
-        (value(100, 80, 120), "supported"),  # touching the ends is inside
-        (value(60, 50, 79.9), "contradicted"),
-        (value(130, 120.1, 140), "contradicted"),
-        (value(100, 70, 110), "inconclusive"),
-        (value(100, 70, 130), "inconclusive"),
-        (value(70, 60, 80), "inconclusive"),  # touching from outside shares a point
-        (value(125, 120, 130), "inconclusive"),
-        (value(100, exact=True), "confirmed"),
-        (value(79, exact=True), "contradicted"),
-        (value(100, known="published"), "supported"),
-        (value(100, known="computed"), "supported"),
-        (value(100, known="derived"), "supported"),
-        (value(100, known="reported"), "not yet measured"),
-        (value(100, known="estimated"), "not yet measured"),
-        (value(100, name="b"), "not yet measured"),
+        ({}, [value(100, 90, 110)], "supported"),
+        ({}, [value(100, 80, 120)], "supported"),  # touching the ends is inside
+        ({}, [value(60, 50, 79.9)], "contradicted"),
+        ({}, [value(130, 120.1, 140)], "contradicted"),
+        ({}, [value(100, 70, 110)], "inconclusive"),
+        ({}, [value(100, 70, 130)], "inconclusive"),
+        ({}, [value(70, 60, 80)], "inconclusive"),  # touching from outside shares a point
+        ({}, [value(125, 120, 130)], "inconclusive"),
+        ({}, [value(100, exact=True)], "confirmed"),
+        ({}, [value(79, exact=True)], "contradicted"),
+        ({}, [value(100, known="published")], "supported"),
+        ({}, [value(100, known="computed")], "supported"),
+        ({}, [value(100, known="derived")], "supported"),
+        ({}, [value(100, known="reported")], "not yet measured"),
+        ({}, [value(100, known="estimated")], "not yet measured"),
+        ({}, [value(100, name="b")], "not yet measured"),
+        (SEVERAL, [value(100), value(60, name="b")], "misleading"),
+        (SEVERAL, [value(100), value(110, name="b")], "supported"),
+        (SEVERAL, [value(130), value(60, name="b")], "contradicted"),
+        (SEVERAL, [value(100)], "not yet measured"),
+        (SEVERAL, [value(100), value(90, 70, 130, name="b")], "inconclusive"),
+        (PUBLISHED, [], "not yet measured"),
+        (PUBLISHED, [DERIVED], "contradicted"),
+        (PUBLISHED, [DERIVED, value(100, 90, 110)], "supported"),
+        (PUBLISHED, [DERIVED, value(100, known="estimated")], "contradicted"),
+        (COPIED, [value(100, exact=True)], "restated"),  # a copied number proves nothing
+        (COPIED, [value(10, exact=True)], "contradicted"),
     ],
 )
-def test_the_interval_rule(evidence, verdict):
-    assert verdict_of(claim(), evidence) == verdict
-
-
-def test_readings_that_disagree_mislead():
-    several = claim(0.225, 0.275, by="evidence", ids=("a", "b"))
-    inside, outside = value(0.242), value(0.125, name="b")
-    assert verdict_of(several, inside, outside) == "misleading"
-    assert verdict_of(several, inside, value(0.23, name="b")) == "supported"
-    assert verdict_of(several, value(0.5), outside) == "contradicted"
-    assert verdict_of(several, inside) == "not yet measured"
-    assert verdict_of(several, inside, value(0.2, 0.1, 0.3, name="b")) == "inconclusive"
+def test_the_interval_rule(judged, evidence, verdict):
+    (found,) = judge_claims([claim(**judged)], {item.id: item for item in evidence})
+    assert (found.verdict, found.by_hand) == (verdict, False)
 
 
 @pytest.mark.parametrize(
-    ("perplexity", "loss", "verdict"),
+    ("through", "bounds", "verdict"),
     [
-        ((80, 120), (4.0, 5.0), "consistent"),  # 4.38 to 4.79
-        ((35, 45), (3.0, 3.5), "self-inconsistent"),  # 3.56 to 3.81
-        ((20, 35), (2.5, 3.0), "self-inconsistent"),  # 3.00 to 3.56: they share only 0.004 nats
-        ((15, 35), (2.5, 3.0), "inconclusive"),  # 2.71 to 3.56
-        ((10, 1000), (4.0, 5.0), "consistent"),  # the wider statement holds the narrower
+        ("logarithm", [(80, 120), (4.0, 5.0)], "consistent"),  # 4.38 to 4.79
+        ("logarithm", [(35, 45), (3.0, 3.5)], "self-inconsistent"),  # 3.56 to 3.81
+        ("logarithm", [(20, 35), (2.5, 3.0)], "self-inconsistent"),  # 3.00 to 3.56: they share 0.004 nats
+        ("logarithm", [(15, 35), (2.5, 3.0)], "inconclusive"),  # 2.71 to 3.56
+        ("logarithm", [(10, 1000), (4.0, 5.0)], "consistent"),  # the wider statement holds the narrower
+        ("ratio", [(80, 120), (35, 45), (2, 3)], "consistent"),  # 1.78 to 3.43
+        ("ratio", [(80, 120), (35, 45), (4, 5)], "self-inconsistent"),
     ],
 )
-def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
-    claims = [claim(*perplexity), claim(*loss, name="B")]
-    both = claim(None, None, "C", by="agreement", through="logarithm", of=("A", "B"))
-    judged = judge_claims([*claims, both], {})[2]
+def test_claims_about_the_same_quantity_must_agree(through, bounds, verdict):
+    names = "ABC"[: len(bounds)]
+    claims = [claim(*ends, name) for ends, name in zip(bounds, names, strict=True)]
+    both = claim(None, None, "R", by="agreement", through=through, of=tuple(names))
+    judged = judge_claims([*claims, both], {})[-1]
     (decision,) = judged.decisions
     assert (judged.verdict, judged.by_hand, judged.reason) == (verdict, False, "")
-    low, high = math.log(perplexity[0]), math.log(perplexity[1])
-    assert (decision.source, decision.low, decision.high) == ("A and B", low, high)
-
-
-def test_a_ratio_must_agree_with_its_two_perplexities():
-    claims = [claim(80, 120), claim(35, 45, "B"), claim(2, 3, "C"), claim(4, 5, "D")]
-    for last, verdict in (("C", "consistent"), ("D", "self-inconsistent")):
-        ratio = claim(None, None, "R", by="agreement", through="ratio", of=("A", "B", last))
-        judged = judge_claims([*claims, ratio], {})[-1]
-        assert judged.verdict == verdict
-        assert judged.decisions[0].low == pytest.approx(80 / 45)
-        assert judged.decisions[0].high == pytest.approx(120 / 35)
-
-
-def test_a_published_value_decides_until_the_measurement_exists():
-    both = claim(by="evidence", ids=("a",), until_measured=("b",))
-    published, measured = value(60, known="derived", name="b"), value(100, 90, 110)
-    assert verdict_of(both) == "not yet measured"
-    assert verdict_of(both, published) == "contradicted"
-    assert verdict_of(both, published, measured) == "supported"
-    assert verdict_of(both, published, value(100, known="estimated")) == "contradicted"
-
-
-def test_a_copied_number_proves_nothing():
-    copied = claim(by="evidence", ids=("a",), copied=True)
-    assert verdict_of(copied, value(100, exact=True)) == "restated"
-    assert verdict_of(copied, value(10, exact=True)) == "contradicted"
+    (low, high), other = bounds[:2]
+    ends = (math.log(low), math.log(high)) if through == "logarithm" else (low / other[1], high / other[0])
+    assert (decision.source, decision.low, decision.high) == (" and ".join(names), *ends)
 
 
 def test_a_reading_by_hand_says_so():
     judged = judge_claims([claim(by="hand", verdict="unverifiable", reason="because")], {"a": value(100)})[0]
     assert judged == Judgement("unverifiable", by_hand=True, reason="because")
-    assert not judge_claims([claim()], {"a": value(100)})[0].by_hand
-
-
-def test_a_claim_that_evidence_judges_has_bounds():
-    with pytest.raises(
-        ValidationError, match="Value error, a claim judged by evidence needs low, high or both"
-    ):
-        claim(None, None)
 
 
 # Verdicts that need no trained model, and claims that wait for one.
@@ -165,19 +132,12 @@ def test_a_recommendations_row_fills_when_its_experiment_has_run(name, evidence,
     assert (found.verdict, found.by_hand) == (verdict, False)
 
 
-def write(tmp_path: Path, old: str, new: str) -> Path:
-    text = (ROOT / "claims.yaml").read_text()
-    assert old in text
-    path = tmp_path / "claims.yaml"
-    path.write_text(text.replace(old, new, 1))
-    return path
-
-
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("quantity:", "quantitty:", r"claims\.0\.quantitty: unknown key; did you mean quantity\?"),
         ("low: 29935000", "low: 39935000", "must be at most high"),
+        ("low: 29935000\n    high: 29945000", "low: null", "judged by evidence needs low, high or both"),
         ("id: P2", "id: P1", r"ids repeat themselves: \['P1'\]"),
         ("of: [L1, L2]", "of: [L1, L99]", "L99"),
         ("of: [L1, L2]", "of: [L1]", "takes 2 claims, found 1"),
@@ -190,12 +150,17 @@ def write(tmp_path: Path, old: str, new: str) -> Path:
     ],
 )
 def test_a_mistake_in_claims_yaml_is_named(tmp_path, old, new, said):
-    with pytest.raises(BadConfig, match=said):
-        load_section(write(tmp_path, old, new), Claims)
+    assert_refused(tmp_path / "claims.yaml", old, new, said, Claims)
 
 
 def test_published_yaml_holds_what_the_comparison_needs(tmp_path):
-    path = tmp_path / "published.yaml"
-    path.write_text((ROOT / "published.yaml").read_text().replace("gpt2.openwebtext.loss", "gpt2.owt.loss"))
-    with pytest.raises(BadConfig, match=r"the comparison needs \['gpt2\.openwebtext\.loss'\]"):
-        load_section(path, Published)
+    said = r"the comparison needs \['gpt2\.openwebtext\.loss'\]"
+    assert_refused(tmp_path / "published.yaml", "gpt2.openwebtext.loss", "gpt2.owt.loss", said, Published)
+
+
+def assert_refused(path: Path, old: str, new: str, said: str, section) -> None:
+    text = (ROOT / path.name).read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(BadConfig, match=said):
+        load_section(path, section)

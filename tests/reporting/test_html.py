@@ -23,39 +23,34 @@ def text(record):
     return pages.render_page({**record, "samples": [{"prompt": "The", "models": {"compact": script}}]})
 
 
-class Tags(HTMLParser):
-    """Every opening tag with its attributes, in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+@pytest.fixture(scope="module")
+def tags(text):
+    """Every opening tag of the page with its attributes, in order."""
+    found: list[tuple[str, dict[str, str | None]]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(text)
+    return found
 
 
-def test_it_asks_for_nothing_and_runs_nothing(text):
-    for tag, attributes in Tags(text).found:
+def test_it_asks_for_nothing_and_runs_nothing(text, tags):
+    for tag, attributes in tags:
         assert tag not in {"script", "iframe", "object", "embed", "img", "base"}
         assert not {name for name in attributes if name.startswith("on") or name == "src"}
         link = attributes.get("href") or "#"
         assert link.startswith("#") or (tag == "link" and link == "data:,"), link
     assert not re.search(r"@import|@font-face|url\((?!#)", text)
+    assert len(text.encode()) < 1_500_000
 
 
-def test_ids_are_unique_and_every_link_has_its_place(text):
-    tags = Tags(text).found
+def test_ids_are_unique_and_every_link_has_its_place(tags):
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
-    assert len(text.encode()) < 1_500_000
-    links = {attributes["href"][1:] for tag, attributes in tags if tag == "a"}
-    assert links <= set(ids)
+    assert {attributes["href"][1:] for tag, attributes in tags if tag == "a"} <= set(ids)
     assert {a[key] for _, a in tags for key in ("aria-labelledby", "for") if key in a} <= set(ids)
 
 
-def test_headings_go_down_one_at_a_time_and_tables_have_scopes(text):
-    tags = Tags(text).found
+def test_headings_go_down_one_at_a_time_and_tables_have_scopes(tags):
     levels = [int(tag[1]) for tag, _ in tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels.count(1) == 2  # one a language
     assert all(after <= before + 1 for before, after in pairwise(levels))

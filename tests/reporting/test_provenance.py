@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 from ruamel.yaml import YAML
@@ -9,23 +10,19 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.common.errors import MissingInput
+from compactgpt.common.storage import write_json, write_text
+from compactgpt.reporting.claims import Evidence
 from compactgpt.reporting.provenance import code_hashes, find_value, trace
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_entries
 from compactgpt.tracking.store import open_store, run_of_value
 from tests.support.tracking_store import git
 
-VALUE = {
-    "id": "compact.loss",
-    "value": 4.5,
-    "unit": "nats per token",
-    "known": "measured",
-    "source": "a report",
-    "report": "reports/evaluation.json",
-    "stage": "evaluation",
-    "code_sha256": "c" * 64,
-    "data_sha256": "d" * 64,
-    "weights_sha256": "",
-}
+VALUE = asdict(
+    Evidence(
+        "compact.loss", 4.5, "nats per token", "measured", "compact", "a report", stage="evaluation",
+        report="reports/evaluation.json", data_sha256="d" * 64, code_sha256="c" * 64,
+    )
+)  # fmt: skip
 RECORD = {"evidence": [VALUE, {**VALUE, "id": "compact.perplexity"}]}
 MD5 = {"data/tokens": "aaa.dir", "models/compact": "bbb.dir", "reports/evaluation.json": "ccc"}
 STAGES = {  # name -> (deps, outs)
@@ -35,7 +32,7 @@ STAGES = {  # name -> (deps, outs)
 }
 
 
-def write_stages(path, first_line="", **md5):
+def write_stages(path, **md5):
     """Write dvc.yaml, or dvc.lock with the MD5 of each path, in DVC's format."""
     is_lock, hashes = path.suffix == ".lock", {**MD5, **md5}
 
@@ -46,24 +43,23 @@ def write_stages(path, first_line="", **md5):
         stage: {"cmd": f"exec python -m stages.{stage}", "deps": listed(deps), "outs": listed(outs)}
         for stage, (deps, outs) in STAGES.items()
     }
-    with open(path, "w") as file:
-        file.write(first_line)
-        YAML().dump({"stages": stages} | ({"schema": "2.0"} if is_lock else {}), file)
+    YAML().dump({"stages": stages} | ({"schema": "2.0"} if is_lock else {}), path)
 
 
 @pytest.fixture
 def project(tmp_path):
-    """Three commits: the second changes the evaluation's entry in dvc.lock, the third another line."""
+    """Three commits: the second changes the evaluation's output in dvc.lock, the third another path."""
     git(tmp_path, "init", "-q")
-    changed = {"reports/evaluation.json": "eee"}
-    for md5, subject, first_line in (({}, "first", ""), (changed, "mine", ""), (changed, "other", "# a\n")):
-        write_stages(tmp_path / "dvc.lock", first_line, **md5)
+    changes = {"first": {}, "mine": {"reports/evaluation.json": "eee"}, "other": {"data/tokens": "ddd.dir"}}
+    md5 = {}
+    for subject, changed in changes.items():
+        md5 |= changed
+        write_stages(tmp_path / "dvc.lock", **md5)
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "-qm", subject)
     (tmp_path / ".dvc").mkdir()
     write_stages(tmp_path / "dvc.yaml")
-    (tmp_path / "reports").mkdir()
-    (tmp_path / "reports/evidence.json").write_text(json.dumps(RECORD))
+    write_json(tmp_path / "reports/evidence.json", RECORD)
     return tmp_path
 
 
@@ -73,7 +69,7 @@ def test_a_value_is_traced_to_report_stage_files_and_commit(project):
     assert found["value"] == "4.5 nats per token, measured"
     assert found["needs"] == "tokenization -> training"
     read = [what for label, what in lines if label == "read"]
-    assert read == ["data/tokens  md5 aaa.dir", "models/compact  md5 bbb.dir"]
+    assert read == ["data/tokens  md5 ddd.dir", "models/compact  md5 bbb.dir"]
     assert found["wrote"] == "reports/evaluation.json  md5 eee"
     assert found["commit"].endswith(" mine")
     write_stages(project / "dvc.lock", **{"reports/evaluation.json": "fff"})
@@ -87,11 +83,11 @@ def test_a_value_is_traced_to_report_stage_files_and_commit(project):
 def test_a_stages_code_is_hashed_by_the_dependencies_of_dvc_yaml(project):
     stages = {"a": {"cmd": "a", "deps": ["src/b", "stages/a.py", "data"]}, "b": {"cmd": "b"}}
     (project / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    files = ("src/b/c.py", "src/e.py", "stages/a.py", "data/d.py")
     hashes = []
-    for changed in ("", "src/b/c.py", "stages/a.py", "data/d.py", "src/e.py"):
-        for path in ("src/b/c.py", "src/e.py", "stages/a.py", "data/d.py"):
-            (project / path).parent.mkdir(parents=True, exist_ok=True)
-            (project / path).write_text(f"# {path == changed}")
+    for changed in (None, "src/b/c.py", "stages/a.py", "data/d.py", "src/e.py"):
+        for path in files:
+            write_text(project / path, f"# {path == changed}")
         hashes.append(code_hashes(project))
     first, *others = hashes
     assert [one["a"] == first["a"] for one in others] == [False, False, True, True]

@@ -2,18 +2,16 @@
 
 import math
 import shutil
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from compactgpt.common.errors import BadConfig
 from compactgpt.common.sections import load_section
 from compactgpt.common.storage import write_json
-from compactgpt.config import load_params
 from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.evaluation.totals import Totals, write_totals
 from compactgpt.forecast.model_size import count_parameters
 from compactgpt.reporting.claims import Claims, Evidence, judge_claims
 from compactgpt.reporting.results import (
@@ -23,16 +21,14 @@ from compactgpt.reporting.results import (
     read_results,
     record_result,
 )
+from tests.support.comparison_inputs import PARAMS, ROOT
 
-ROOT = Path(__file__).parents[2]
-PARAMS = load_params(ROOT / "params.yaml")
 TOKENS = [10, 0, 30, 40]
 
 
-def item(name, value, **more):
-    made = {"unit": "x", "known": "measured", "model": "m", "source": "s", "stage": "evaluation"}
-    made |= {"report": "r", "code_sha256": "c" * 64, "low": value * 0.9, "high": value * 1.1}
-    return {"id": name, "value": value, **made, **more}
+def item(name, value, known="measured"):
+    bounds = {"low": value * 0.9, "high": value * 1.1}
+    return asdict(Evidence(name, value, "x", known, "m", "s", stage="evaluation", report="r", **bounds))
 
 
 def record_like(loss):
@@ -65,11 +61,11 @@ def result(name, loss):
 
 def test_values_are_kept_under_the_experiments_name():
     kept = {one["id"]: one for one in result("note", 4.15).evidence}
-    names = "note.loss note.perplexity note.text.greedy.seq_rep_4 note.generalisation_gap gpt2-xl.note.loss "
-    names += "gpt2.note.loss gpt2.note.text.greedy.seq_rep_4 ratio.note_to_gpt2.perplexity "
-    names += "note.text.nucleus.seq_rep_4 gpt2.note.text.nucleus.seq_rep_4 "
     assert set(kept) == {
-        *names.split(), "ratio.note_to_gpt2.repetition", "ratio.note_to_gpt2.sampled_repetition",
+        "note.loss", "note.perplexity", "note.text.greedy.seq_rep_4", "note.text.nucleus.seq_rep_4",
+        "note.generalisation_gap", "gpt2.note.loss", "gpt2.note.text.greedy.seq_rep_4",
+        "gpt2.note.text.nucleus.seq_rep_4", "gpt2-xl.note.loss", "ratio.note_to_gpt2.perplexity",
+        "ratio.note_to_gpt2.repetition", "ratio.note_to_gpt2.sampled_repetition",
     }  # fmt: skip
     assert kept["ratio.note_to_gpt2.sampled_repetition"]["value"] == pytest.approx(2)
     assert (kept["note.loss"]["model"], kept["gpt2.note.loss"]["model"]) == ("note", "m")
@@ -107,48 +103,38 @@ def test_a_kept_result_fills_the_rows_that_wait(tmp_path):
     assert read_results(tmp_path / "none") == ()
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A folder with the project's params.yaml and the reports of its last run."""
-    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
-    (tmp_path / "reports").mkdir()
-    return tmp_path
-
-
-def save_run(project, **changes):
-    found = record_like(4.5)
-    tokens = PARAMS.training.max_steps * PARAMS.training.tokens_per_step
+def save_run(project, tokens=PARAMS.training.max_steps * PARAMS.training.tokens_per_step):
+    """Write params.yaml and the reports of a run."""
+    shutil.copy(ROOT / "params.yaml", project / "params.yaml")
     sizes = {"compact.parameters.all_tensors": count_parameters(PARAMS.model).all_tensors}
-    sizes |= {"compact.tokens_seen": tokens} | changes
+    sizes["compact.tokens_seen"] = tokens
+    found = record_like(4.5)
     found["evidence"] += [item(name, value, known="computed") for name, value in sizes.items()]
     write_json(project / "reports/evidence.json", found)
-    path = project / "data/evaluation/compact.parquet"
-    path.parent.mkdir(parents=True)
-    sums = {"id": list("abcd"), "nats": [float(t) for t in TOKENS]}
-    sums |= dict.fromkeys(("bytes", "tokens", "own_tokens"), TOKENS)
-    pyarrow.parquet.write_table(pyarrow.table(sums), path)
+    tokens = np.array(TOKENS)
+    totals = Totals(list("abcd"), tokens, tokens, tokens, tokens.astype(float))
+    write_totals(project / "data/evaluation/compact.parquet", totals)
 
 
-def test_a_run_is_recorded_from_its_reports(project):
-    save_run(project)
-    path = record_result("demo", project, ROOT / "conf")
-    (kept,) = read_results(project / "results")
-    assert path == project / "results/demo.json"
+def test_a_run_is_recorded_from_its_reports(tmp_path):
+    save_run(tmp_path)
+    path = record_result("demo", tmp_path, ROOT / "conf")
+    (kept,) = read_results(tmp_path / "results")
+    assert path == tmp_path / "results/demo.json"
     assert kept.documents == document_sums("abcd", [float(t) for t in TOKENS], TOKENS)
     assert kept.params["model"] == PARAMS.model.model_dump()
     assert "demo.loss" in {one["id"] for one in kept.evidence}
 
 
-def test_a_run_that_is_not_the_experiment_is_refused(project):
-    with pytest.raises(
-        BadConfig, match=r"differs from the experiment note, which sets[\s\S]*model\.n_embd: 128 -> 384"
-    ):
-        record_result("note", project, ROOT / "conf")
-    with pytest.raises(BadConfig, match="ladder is a sweep"):
-        record_result("ladder", project, ROOT / "conf")
-
-
-def test_reports_of_another_run_are_refused(project):
-    save_run(project, **{"compact.tokens_seen": 1})
-    with pytest.raises(BadConfig, match=r"tokens_seen is 1 in reports/evidence\.json and \d+ by params"):
-        record_result("demo", project, ROOT / "conf")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("note", r"differs from the experiment note, which sets[\s\S]*model\.n_embd: 128 -> 384"),
+        ("ladder", "ladder is a sweep"),
+        ("demo", r"tokens_seen is 1 in reports/evidence\.json and \d+ by params"),
+    ],
+)
+def test_another_experiments_run_is_refused(tmp_path, name, said):
+    save_run(tmp_path, tokens=1)
+    with pytest.raises(BadConfig, match=said):
+        record_result(name, tmp_path, ROOT / "conf")

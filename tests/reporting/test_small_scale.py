@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from compactgpt.experiments import find_experiment
 from compactgpt.forecast.sweep import ScoredDocuments, Sweep, SweepRun
 from compactgpt.reporting.claims import Claims
 from compactgpt.reporting.small_scale import find_directions, seed_margin, text_difference, widen
+from tests.support.comparison_inputs import ROOT
 
-ROOT = Path(__file__).parents[2]
 SHIPPED = find_experiment("small-scale", ROOT / "conf")
 TOKENS = (100, 0, 200, 300, 400)
 SOURCES = ("torch", "torch", "torch", "numpy", "numpy")

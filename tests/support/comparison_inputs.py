@@ -4,15 +4,16 @@ import contextlib
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from typer.testing import CliRunner
 
 from compactgpt.config import load_params
 from compactgpt.evaluation.likelihood import IN_WINDOW
+from compactgpt.evaluation.metrics import Interval, wilson
+from compactgpt.evaluation.totals import Totals, write_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.schemas import read_sources
@@ -22,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 LIKELIHOOD = PARAMS.evaluation.likelihood
 NAMES = PARAMS.baseline.names
+SMOLLM = "smollm2-135m-instruct-q4"
 DOCUMENTS = 40
+IDS = [f"{number:032x}" for number in range(DOCUMENTS)]
 TOKENS = np.random.default_rng(0).integers(20, 200, DOCUMENTS)
 SPLIT = {"documents": DOCUMENTS, "tokens": int(TOKENS.sum()), "bytes": int(TOKENS.sum()) * 4}
 DIFFICULTY = np.random.default_rng(1).normal(0, 0.5, DOCUMENTS)
@@ -34,58 +37,55 @@ def nats_of(name: str) -> np.ndarray:
     return TOKENS * (LOSSES[name] + DIFFICULTY + noise)
 
 
-def write_score(reports: Path, data: Path, name: str) -> None:
-    nats, bytes_ = nats_of(name), TOKENS * 4
+def scores(loss: float) -> dict:
+    """Return a loss with a made-up interval, and the scores that follow from it at 4 bytes per token."""
+    interval = Interval(loss, loss - 0.1, loss + 0.1)
+    bits = interval.map(lambda nats: nats / math.log(2) / 4)
+    found = {"loss": interval, "perplexity": interval.map(math.exp), "bits_per_byte": bits}
+    return {name: asdict(one) for name, one in found.items()}
+
+
+def write_score(folder: Path, name: str, path: str) -> None:
+    """Write the report of a model and its losses by document."""
+    nats, spec = nats_of(name), PARAMS.baseline.specs.get(name)
     loss = nats.sum() / TOKENS.sum()
-    bits = nats.sum() / (math.log(2) * bytes_.sum())
-    is_neural = name == "compact" or PARAMS.baseline.specs[name].kind in ("gguf", "hub", "folder")
-    model = {"kind": "test", "context": IN_WINDOW if is_neural else "c"}
-    model |= {"num_params": None if name == "xz" else 1_234_567}
-    if name in PARAMS.baseline.specs:
-        model["label"] = PARAMS.baseline.specs[name].label
+    is_neural = spec is None or spec.kind in ("gguf", "hub", "folder")
     report = {
-        "model": model,
+        "model": {
+            "kind": "test",
+            "label": spec.label if spec else "",
+            "context": IN_WINDOW if is_neural else "c",
+            "num_params": None if name == "xz" else 1_234_567,
+        },
         "validation": {"sha256": "a" * 64, **SPLIT},
         "window": LIKELIHOOD.window,
-        "loss": {"value": loss, "low": loss - 0.1, "high": loss + 0.1},
-        "perplexity": {"value": math.exp(loss), "low": math.exp(loss - 0.1), "high": math.exp(loss + 0.1)},
-        "bits_per_byte": {"value": bits, "low": bits - 0.03, "high": bits + 0.03},
+        **scores(loss),
     }
-    compact = name == "compact"
-    path = reports / ("evaluation.json" if compact else f"baseline/{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report))
-    totals = data / ("evaluation/compact.parquet" if compact else f"baseline/{name}.parquet")
-    totals.parent.mkdir(parents=True, exist_ok=True)
-    ids = [f"{i:032x}" for i in range(DOCUMENTS)]
-    own = pyarrow.nulls(DOCUMENTS, pyarrow.int64())
-    columns = {"id": ids, "bytes": bytes_, "tokens": TOKENS, "own_tokens": own, "nats": nats}
+    views = {}
     if is_neural:  # the baseline gains from a longer context; the compact model's context is the window
-        shift = 0.0 if compact else 0.7
-        bounds = {"value": loss - shift, "low": loss - shift - 0.1, "high": loss - shift + 0.1}
-        views = {"own": {"context": 128 if compact else 1024, "stride": 1024, "loss": bounds}}
-        views["own"] |= {"perplexity": bounds, "bits_per_byte": bounds}
-        edit(path, lambda report: report.update(views=views))
-        columns["nats_own"] = nats - shift * TOKENS
-    pyarrow.parquet.write_table(pyarrow.table(columns), totals)
+        context, gain = (1024, 0.7) if spec else (LIKELIHOOD.window, 0.0)
+        report["views"] = {"own": {"context": context, "stride": 1024, **scores(loss - gain)}}
+        views["own"] = nats - gain * TOKENS
+    write(folder / f"reports/{path}.json", report)
+    totals = Totals(IDS, TOKENS * 4, TOKENS, None, nats, views=views)
+    write_totals(folder / f"data/{path if spec else 'evaluation/compact'}.parquet", totals)
 
 
 def make_place(folder: Path) -> Path:
     """A repository's inputs, reports and sums, as the other stages leave them."""
-    reports, data = folder / "reports", folder / "data"
+    reports = folder / "reports"
     for name in ("claims.yaml", "published.yaml", "params.yaml", "dvc.yaml"):
         shutil.copyfile(ROOT / name, folder / name)
     for name in ("src", "stages"):
         (folder / name).symlink_to(ROOT / name)
-    for name in LOSSES:
-        write_score(reports, data, name)
+    write_score(folder, "compact", "evaluation")
+    for name in NAMES:
+        write_score(folder, name, f"baseline/{name}")
     write(reports / "estimate.json", estimate(PARAMS))
     write(reports / "training.json", {"tokens": 409_600, "train_loss": 4.6, "val_loss": 4.5})
     (reports / "loss.csv").write_text("step,train_loss,val_loss\n1,10.8,10.7\n400,5.5,5.0\n800,4.6,4.5\n")
-    write(reports / "samples.json", {"samples": []})
-    passed = {"expectations": [{"success": True}]}
-    write(reports / "validation.json", passed)
-    write(reports / "inspection.json", {**passed, "flagged": []})
+    write(reports / "validation.json", {"expectations": [{"success": True}]})
+    write(reports / "inspection.json", {"flagged": [{"id": IDS[7]}, {"id": "of another split"}]})
     part = {"name": "numpy", "version": "2.4.6", "licence": "BSD-3-Clause", "documents": 40, "bytes": 9}
     corpus = {"corpus": "docstrings", "name": "docstrings", "documents": 90, "bytes": 9000}
     write(reports / "download.json", {**corpus, "left_out": {"short": 3}, "sources": [part]})
@@ -94,7 +94,19 @@ def make_place(folder: Path) -> Path:
     write(reports / "tokenization.json", {"tokenizer": tokenizer, **splits})
     weights = {"sha256": "d" * 64, "bytes": 9}
     write(folder / "models/compact/manifest.json", {"files": {"model.safetensors": weights}})
-    add_measurements(folder)
+    sample = {"prompt": "The | future", "document": None, "greedy": {"text": "| is\n| here"}}
+    write(reports / "samples.json", {"samples": [sample]})
+    bounds = {"value": 0.25, "low": 0.1, "high": 0.5}
+    figures = {"distinct_2": bounds, "seq_rep_4": bounds}
+    statistics = {"greedy": {**figures, "zipf": None}, "human": figures}
+    added = {
+        "text": {"statistics": statistics, "samples": [sample]},
+        "by_position": [{"first": n, "last": n, "tokens": 40, "loss": bounds} for n in (1, 2)],
+    }
+    for name, hits in (("evaluation", "1100"), (f"baseline/{SMOLLM}", "0110")):
+        cloze = {"items_sha256": "x", "accuracy": asdict(wilson(2, 4)), "hits": hits}
+        added["tasks"] = {"cloze": cloze, "wikitext-2": {}}
+        edit(reports / f"{name}.json", lambda report: report.update(added))
     return folder
 
 
@@ -126,21 +138,4 @@ def edit(path: Path, change) -> None:
     """Change a report in place."""
     report = json.loads(path.read_text())
     change(report)
-    path.write_text(json.dumps(report))
-
-
-def add_measurements(place):
-    """What the evaluation and a baseline add beside likelihood."""
-    bounds = {"value": 0.25, "low": 0.1, "high": 0.5}
-    figures = {"distinct_2": bounds, "seq_rep_4": bounds}
-    statistics = {"greedy": {**figures, "zipf": None}, "human": figures}
-    places = [{"first": n, "last": n, "tokens": 40, "loss": bounds} for n in (1, 2)]
-    for report, hits in (("evaluation.json", "1100"), ("baseline/smollm2-135m-instruct-q4.json", "0110")):
-        tasks = {"cloze": {"items_sha256": "x", "accuracy": bounds, "hits": hits}, "wikitext-2": {}}
-        sample = {"prompt": "The | future", "document": None, "greedy": {"text": "| is\n| here"}}
-        text = {"statistics": statistics, "samples": [sample]}
-        added = {"tasks": tasks, "text": text, "by_position": places}
-        edit(place / "reports" / report, lambda r, added=added: r.update(added))
-    (place / "reports/samples.json").write_text(json.dumps({"samples": [sample]}))
-    flagged = {"flagged": [{"id": f"{7:032x}"}, {"id": "of another split"}]}
-    (place / "reports/inspection.json").write_text(json.dumps(flagged))
+    write(path, report)
