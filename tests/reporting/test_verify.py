@@ -72,8 +72,10 @@ def fill(place: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             if path in paths or not source.exists():
                 target.write_text("{}\n")
+            elif source.is_dir():
+                shutil.copytree(source, target)
             else:
-                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+                shutil.copyfile(source, target)
 
 
 def reports_of(place: Path) -> dict[Path, Path]:

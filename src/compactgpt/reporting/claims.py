@@ -145,7 +145,7 @@ class Evidence:
     exact: bool = False  # True for counts, which have no uncertainty
     stage: str = "comparison"  # the stage that computed the value
     report: str = ""  # the file that contains the value
-    context: int | None = None  # number of tokens in a window; None: the value does not depend on windows
+    context: int | None = None  # number of tokens in a window; None: without windows, or not known
     stride: int | None = None  # number of tokens between the starts of two neighbouring windows
     tokenizer: str = ""
     data_sha256: str = ""  # hash of the token file on which the value was measured

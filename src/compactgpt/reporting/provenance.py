@@ -16,7 +16,7 @@ RECORD = Path("reports/evidence.json")
 def code_hashes(root: Path) -> dict[str, str]:
     """Return a dict: stage -> SHA-256 of a list of its Python files.
 
-    The list has a line `<SHA-256 of the file>  <path>` for each file.
+    The list has a line `<SHA-256 of the file>  <path>` for each file, sorted by path.
     """
     hashes = {}
     for stage, body in read_stages(Folder(root)).items():

@@ -30,7 +30,7 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 def find_directions(root: Path) -> list[dict[str, Any]]:
     """Return a dict for each comparison of runs and each claim that the comparison tests.
 
-    Its `outcome` is `same way`, `other way` or `no effect found`.
+    Its `outcome` is `same way` as the claim says, `other way` or `no effect found`.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -76,7 +76,7 @@ def seed_margin(losses: Any, ours: int, theirs: int) -> float:
 def widen(interval: Interval, margin: float) -> Interval:
     """Widen the interval of a ratio by a second, independent error.
 
-    `margin` is the second error's margin, for the logarithm of the ratio.
+    `margin` is half the width of the second error's interval, for the logarithm of the ratio.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
