@@ -72,7 +72,7 @@ def init_corpus(
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine can run.
 
-    Prints hardware, MLflow store, usable baselines, estimated times, and whether the hub answers.
+    Prints hardware, MLflow store, usable baselines, estimated times, and whether Hugging Face answers.
     Example: compactgpt doctor
     """
     from compactgpt.doctor import examine, format_report

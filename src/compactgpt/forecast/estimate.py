@@ -198,7 +198,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     yield "  non-embedding", f"{sizes['non_embedding']:,}"
     yield "steps", f"{found['steps']:,} of {found['tokens_per_step']:,} tokens"
     yield "tokens", f"{found['tokens']:,}"
-    unknown = f"unknown until the pipeline has read the corpus ({found['corpus']})"
+    unknown = f"unknown: only the pipeline counts the tokens of the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
     counted = "with attention; of the output layer only the sampled part"

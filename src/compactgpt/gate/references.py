@@ -39,7 +39,8 @@ from compactgpt.tracking.journal import flatten, tracking_store
 SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
-_UNCHANGED = ("fingerprint", "data", "params", "figures", "baselines", "tasks")  # in an accepted reference
+# Fields of `Snapshot` that the file of an accepted reference has, too.
+_UNCHANGED = ("fingerprint", "data", "params", "figures", "baselines", "tasks")
 _SAME_SUM = 1e-9  # nats per token; adding the losses in another order changes the result by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
@@ -98,7 +99,7 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
     else:
         losses = [run.loss for run in sweep.runs]
         deviation = statistics.stdev(losses)
-        says = f"the standard deviation of {len(losses)} seeds is {deviation:.4f} nats per token ({SEEDS})"
+        says = f"the losses of {len(losses)} seeds deviate by {deviation:.4f} nats per token ({SEEDS})"
         return Noise(deviation, len(losses) - 1, says)
     assumed = settings.fallback_noise
     says = f"{SEEDS} {problem}: assumed noise {assumed} nats per token (regression.fallback_noise)"
