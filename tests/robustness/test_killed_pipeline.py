@@ -56,6 +56,7 @@ class Repro:
         self.environment = {name: ENVIRONMENT[name] for name in ENVIRONMENT if not name.startswith(foreign)}
         python_path = os.pathsep.join([str(clone / "src"), str(clone)])
         self.environment |= {"PYTHONPATH": python_path, "COMPACTGPT_TRACKER": tracker}
+        self.environment["DVC_NO_ANALYTICS"] = "1"
         self.clone = clone
         self.run("repair")  # as `make repro` begins
         self.states = set(clone.glob(".state/training/*/step-*"))
