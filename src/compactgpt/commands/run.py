@@ -103,7 +103,8 @@ def show_experiment(name: ExperimentName, settings: Settings = None) -> None:
     from compactgpt import experiments
 
     echo("\n".join(experiments.describe(name, PARAMS, settings or [])))
-    echo(f"next: compactgpt experiment run {name} (or first: compactgpt experiment apply {name})")
+    echo(f"next: compactgpt experiment run {name}")
+    echo(f"to only write these values to params.yaml: compactgpt experiment apply {name}")
 
 
 @experiment.command("apply")
