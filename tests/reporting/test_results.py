@@ -131,7 +131,7 @@ def test_a_run_is_recorded_from_its_reports(tmp_path):
     [
         ("note", r"differs from the experiment note, which sets[\s\S]*model\.n_embd: 128 -> 384"),
         ("ladder", "ladder is a sweep"),
-        ("demo", r"tokens_seen is 1 in reports/evidence\.json and \d+ by params"),
+        ("demo", r"tokens_seen is 1 in reports/evidence\.json, but params\.yaml gives \d+"),
     ],
 )
 def test_another_experiments_run_is_refused(tmp_path, name, said):

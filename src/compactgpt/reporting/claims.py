@@ -17,11 +17,11 @@ COMPACT = "compact"  # the name of the model that this project trains
 # The possible verdicts on a claim of the note.
 Verdict = Literal[
     "confirmed",  # a count or a calculation agrees with the claim
-    "restated",  # the evidence is the note's own number, so its agreement proves nothing
-    "consistent",  # the claim agrees with other claims of the note, which proves none of them
+    "restated",  # the claim agrees with a number copied from the note, which proves nothing
+    "consistent",  # the claim agrees with other claims of the note, but all of them may be wrong
     "supported",  # a measurement or a published value agrees with the claim
     "contradicted",
-    "inconclusive",  # the evidence overlaps the claimed interval, but is not inside it
+    "inconclusive",  # the value's interval overlaps the claimed interval, but is not inside it
     "self-inconsistent",  # the claim contradicts another claim of the note
     "misleading",  # the claim is true in one reading and false in another reading
     "unverifiable",
@@ -31,7 +31,7 @@ Verdict = Literal[
 Known = Literal["measured", "computed", "published", "derived", "estimated", "reported"]
 # A value decides a claim only if it is known in one of these ways.
 DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
-# Two claims contradict each other if their intervals share less than this part of the shorter one.
+# Two claims contradict each other if their intervals share less than this fraction of the shorter interval.
 LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
@@ -41,7 +41,7 @@ class ByEvidence(Section):
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]  # ids of the values that decide the claim
-    until_measured: tuple[str, ...] = ()  # ids of the values that decide until all of `ids` exist
+    until_measured: tuple[str, ...] = ()  # ids of the values that decide the claim until all of `ids` exist
     copied: bool = False  # True: the values are copied from the note, so their agreement proves nothing
     reason: str = ""
 
@@ -82,7 +82,7 @@ class Claim(Section):
     low: float | None = None  # None: no lower limit
     high: float | None = None  # None: no upper limit
     beside: tuple[str, ...] = ()  # ids of values that are shown with the claim, but do not decide it
-    experiment: Name | None = None  # the experiment that measures the evidence
+    experiment: Name | None = None  # the experiment that measures the values of `judged.ids`
     judged: Annotated[ByEvidence | ByAgreement | ByHand, Field(discriminator="by")]
 
     def _mistakes(self) -> Iterator[str]:
@@ -94,7 +94,7 @@ class Claim(Section):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The claimed interval. An end is infinite if the claim has no such limit."""
+        """The claimed interval (low, high). A limit that the claim lacks is infinite."""
         return (-math.inf if self.low is None else self.low, math.inf if self.high is None else self.high)
 
 
@@ -116,7 +116,7 @@ class Claims(Section):
     def _mistakes(self) -> Iterator[str]:
         known = [claim.id for claim in self.claims]
         if repeated := sorted({name for name in known if known.count(name) > 1}):
-            yield f"ids repeat themselves: {repeated}; each claim needs its own id"
+            yield f"more than one claim has the id {repeated}: each claim needs its own id"
         named = {name for row in self.table for name in (row.compact, row.gpt2, row.gpt2_xl)}
         # `_compare_claims` divides limits and takes their logarithm, so the limits must be above 0.
         positive = {c.id for c in self.claims if c.low is not None and c.low > 0 and c.high is not None}
@@ -124,7 +124,7 @@ class Claims(Section):
             if isinstance(claim.judged, ByAgreement):
                 named.update(claim.judged.of)
                 if unusable := sorted(set(claim.judged.of) - positive):
-                    yield f"{claim.id}: agreement of {unusable} needs low (above 0) and high in each claim"
+                    yield f"{claim.id}: to be compared, each of {unusable} needs low (above 0) and high"
         if unknown := sorted(named - set(known)):
             yield f"no such claims: {unknown}; use ids of `claims`"
 
@@ -154,7 +154,7 @@ class Evidence:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The value's interval (low, high). A missing end is the value itself."""
+        """The value's interval (low, high). `value` replaces a missing limit."""
         low, high = (self.value if end is None else end for end in (self.low, self.high))
         return low, high
 
@@ -177,12 +177,12 @@ class Published(Section):
 
 @dataclass(frozen=True)
 class Decision:
-    """The comparison of one value with a claim."""
+    """The comparison of a claim with one value, or with other claims."""
 
-    source: str  # the id of the evidence, or the ids of the claims that were compared
-    low: float  # lower limit of the value
+    source: str  # id of the value in reports/evidence.json, or ids of the claims that were compared
+    low: float  # lower limit of the value's interval, or of the interval calculated from claims
     high: float
-    relation: Relation  # whether the value's limits are inside the claimed interval
+    relation: Relation  # position of the value's interval relative to the claimed interval
 
 
 @dataclass(frozen=True)
@@ -230,13 +230,13 @@ def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evi
 
 
 def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
-    """Compare the last claim of `judged.of` with an interval calculated from the others."""
+    """Compare the last claim of `judged.of` with an interval calculated from its other claims."""
     *first, last = (claims[name].bounds for name in judged.of)
     if judged.through == "logarithm":
         low, high = math.log(first[0][0]), math.log(first[0][1])
     else:
         low, high = first[0][0] / first[1][1], first[0][1] / first[1][0]
-    # The claims agree if one interval contains the other.
+    # The claims agree if the claimed interval contains the calculated interval, or the reverse.
     contains_last = relate(*last, low, high) == "inside"
     relation = "inside" if contains_last else relate(low, high, *last)
     shared = min(high, last[1]) - max(low, last[0])
@@ -246,9 +246,9 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
 
 
 def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Return whether an interval is inside a claimed one, outside it, or overlaps it.
+    """Return whether the interval (low, high) is inside the claimed interval, outside it, or overlaps it.
 
-    Two intervals that share only an end overlap.
+    Two intervals that share only a limit overlap.
     """
     if claim_low <= low and high <= claim_high:
         return "inside"

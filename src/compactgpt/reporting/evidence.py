@@ -23,18 +23,18 @@ from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Scores, Sou
 
 NOTE = "note"
 NATS = "nats per token"
-# (kind, name) of the corpora whose reports are about the note. Other corpora are the user's own text.
+# (kind, name) of the corpora on which the note's claims are checked. Other corpora are the user's own.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
 SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-# id of a ratio -> ids of its numerator and denominator, without their ending `.perplexity`
+# id of a ratio -> ids of numerator and denominator, without `.perplexity` at the end
 PUBLISHED_RATIOS = {
     "ratio.gpt2_to_gpt2-tuned.perplexity": ("gpt2.openwebtext", "gpt2-tuned.openwebtext"),
     "ratio.nanogpt-124m_to_gpt2.perplexity": ("nanogpt-124m.openwebtext", "gpt2.openwebtext"),
     "ratio.gpt2_openwebtext_to_webtext.perplexity": ("gpt2.openwebtext", "gpt2.webtext_figure"),
 }
-# Text metric -> its unit. The text metrics that are missing here are shares.
+# Text metric -> its unit. All other text metrics have the unit `share`.
 TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}
 
 
@@ -74,7 +74,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "diverged": sources.training.diverged,
         "validation": validation.model_dump() | {"window": window},
         "curve": sources.curve,
-        # model -> its loss by position in the window, in nats per token
+        # model -> loss by position in the window, in nats per token of the model's tokenizer
         "positions": {
             one.name: [row.model_dump() for row in one.score.by_position]
             for one in scores
@@ -103,10 +103,10 @@ def _table_rows(measured: Measured) -> list[dict[str, Any]]:
     if model.context != IN_WINDOW:
         return [about | {"view": "document"}]  # a model without windows, such as a compressor
     if ".own" in _nats_by_view(measured):
-        # `matched`: the windows that all neural models share. `own`: the model's maximum context.
+        # `matched`: windows that all neural models share. `own`: windows of the model's maximum context.
         own = {"view": "own", "scores": f"{name}.own", "tokens": measured.score.views["own"].context}
         return [about | {"view": "matched"}, about | own]
-    # `both`: the shared windows are as long as the model's maximum context.
+    # One row `both` is enough if the shared windows are as long as the model's maximum context.
     return [about | {"view": "both" if "own" in measured.totals.views else "matched"}]
 
 
@@ -116,7 +116,7 @@ def _align_samples(sources: Sources) -> list[dict[str, Any]]:
     prompts: dict[str, dict[str, Any]] = {}
     for model, samples in by_model.items():
         for sample in samples:
-            if sample.document is None:  # otherwise, the prompt is the beginning of a val document
+            if sample.document is None:  # the prompt is from params.yaml, not from a val document
                 continuations = {"greedy": sample.greedy, "top_k": sample.top_k, "nucleus": sample.nucleus}
                 texts = {way: text for way, text in continuations.items() if text is not None}
                 prompts.setdefault(sample.prompt, {})[model] = texts
@@ -137,7 +137,7 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
 
 
 def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
-    """Yield every value of the record: estimated, counted, published and measured."""
+    """Yield all values of reports/evidence.json: estimated, counted, published and measured."""
     note = sources.estimate.note
     yield from _estimated(NOTE, note)
     by_hand = sources.estimate.hand_set_loss
@@ -168,7 +168,7 @@ def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
 
 
 def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
-    """Yield the size, training tokens and expected loss of a run in estimate.json."""
+    """Yield the size, training tokens and expected loss of `model`, from reports/estimate.json."""
     source = f"params.yaml, {ESTIMATE}"
     about: dict[str, Any] = {"model": model, "stage": "estimate", "report": ESTIMATE}
     sizes = asdict(forecast.parameters).items()
@@ -200,7 +200,7 @@ def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
 
 
 def _counted(name: str, shape: Model) -> Iterator[Evidence]:
-    """Yield the parameter counts and the context size of a published architecture."""
+    """Yield the parameter counts and the context size of the published model `name`."""
     source = f"{PUBLISHED}: counted from the architecture"
     about: dict[str, Any] = {"model": name, "source": source, "exact": True, "report": PUBLISHED}
     for convention, number in asdict(count_parameters(shape)).items():
@@ -220,7 +220,7 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
 
 
 def _published(published: Published) -> Iterator[Evidence]:
-    """Yield the published values and the values calculated from them."""
+    """Yield the values in published.yaml, and perplexities, bits per byte and ratios derived from them."""
     found = {value.id: replace(value, report=PUBLISHED) for value in published.values}
     yield from found.values()
     bytes_per_token = found["openwebtext.bytes_per_token"].value
@@ -240,12 +240,15 @@ def _published(published: Published) -> Iterator[Evidence]:
         )  # fmt: skip
 
 
-def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
-    """Return the perplexity or bits per byte that a published loss gives, with its limits."""
+def _from_loss(loss: Evidence, quantity: str, source: str, convert: Callable[[float], float]) -> Evidence:
+    """Convert a published loss and its limits to perplexity or bits per byte.
+
+    `convert` must be increasing, so that the lower limit remains the lower limit.
+    """
     limits = {"low": loss.low, "high": loss.high}
-    ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
+    ends: dict[str, Any] = {end: convert(limit) for end, limit in limits.items() if limit is not None}
     return replace(
-        loss, id=f"{loss.id.removesuffix('loss')}{quantity}", value=increasing(loss.value),
+        loss, id=f"{loss.id.removesuffix('loss')}{quantity}", value=convert(loss.value),
         unit=SCORE_UNITS[quantity], source=f"{source}from {loss.id}: {loss.source}",
         known="derived" if loss.known == "published" else loss.known, **ends,
     )  # fmt: skip
@@ -255,16 +258,19 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return a dict: name of a view -> the loss of each document in nats, (documents,).
+    """Return the losses of the val documents in nats, (documents,), for one or two kinds of windows.
 
-    The view "" has the windows that all models share, ".own" has the model's maximum context.
+    Key "": the windows that all models share. Key ".own": windows of the model's maximum context.
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
 
 
 def _windows(measured: Measured, view: str) -> dict[str, int]:
-    """Return a view's context and stride as fields of `Evidence`, or {} if the model has no windows."""
+    """Return `context` and `stride` as fields of `Evidence`, or {} if the model has no windows.
+
+    `view` is a key of `_nats_by_view`.
+    """
     if view == "" and measured.score.model.kind in ("compressor", "ngram"):
         return {}
     size = measured.score.views["own"].context if view == ".own" else measured.score.window
@@ -272,7 +278,7 @@ def _windows(measured: Measured, view: str) -> dict[str, int]:
 
 
 def _common(measured: Measured, sources: Sources) -> dict[str, Any]:
-    """Return the fields of Evidence that the values of one model's report share."""
+    """Return the fields of `Evidence` that are equal in all values from one model's report."""
     model, ours, is_recipe = measured.score.model, measured.name == COMPACT, measured.name == RECIPE
     return {
         "known": "measured",
@@ -288,7 +294,7 @@ def _common(measured: Measured, sources: Sources) -> dict[str, Any]:
 
 
 def _trained(sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's training tokens, train loss, and val loss deviation between seeds."""
+    """Yield training tokens, train loss, and the standard deviation of the val loss between seeds."""
     about: dict[str, Any] = {
         "known": "measured", "model": COMPACT, "corpus": f"{sources.download.name} train",
         "stage": "training", "report": "reports/training.json",
@@ -312,14 +318,14 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
 
 
 def _scores(stem: str, found: Scores, about: Mapping[str, Any]) -> Iterator[Evidence]:
-    """Yield loss, bits per byte, and the perplexity if it fits into a float."""
+    """Yield loss, bits per byte, and the perplexity if it fits into a float. Ids begin with `stem`."""
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):
             yield _interval(f"{stem}.{quantity}", bounds, unit, about)
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield a model's scores for each context, and a baseline's numbers of parameters."""
+    """Yield a model's scores in each kind of windows. For a baseline, also yield the parameter counts."""
     name, score = measured.name, measured.score
     about = _common(measured, sources)
     on_windows = about | _windows(measured, "")
@@ -353,31 +359,31 @@ def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
                 yield Evidence(value_id, value, "perplexity", **about | text)
     for way, statistics in measured.score.text.statistics.items():
         for figure, bounds in statistics.items():
-            # All reports have the same metrics of human text, so one report is enough.
+            # Human text has the same metrics in each model's report, so one report is enough.
             if bounds is not None and (way != "human" or name == COMPACT):
                 yield _interval(f"{name}.text.{way}.{figure}", bounds, TEXT_UNITS.get(figure, "share"), about)
 
 
 def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the scores on documents flagged as leaked or duplicated, and on all other documents."""
+    """Yield a model's scores on val documents flagged as leaked or duplicated, and on all others."""
     totals = measured.totals
     flagged = np.isin(totals.ids, list(sources.flagged))
-    for part, chosen in {"flagged": flagged, "clean": ~flagged}.items():
+    for subset, chosen in {"flagged": flagged, "clean": ~flagged}.items():
         documents = int((chosen & (totals.tokens > 0)).sum())
         if not documents:
             continue
         for view, nats in _nats_by_view(measured).items():
             scores = figures(nats, totals, chosen)
             about = _common(measured, sources) | _windows(measured, view) | {"stage": "comparison"}
-            about["corpus"] = f"{about['corpus']}, {documents} {part} documents"
+            about["corpus"] = f"{about['corpus']}, {documents} {subset} documents"
             about["source"] = f"{measured.totals_path}, reports/inspection.json"
             for quantity, unit in SCORE_UNITS.items():
                 if bounds := scores[quantity]:
-                    yield Evidence(f"{measured.name}{view}.{part}.{quantity}", unit=unit, **bounds, **about)
+                    yield Evidence(f"{measured.name}{view}.{subset}.{quantity}", unit=unit, **bounds, **about)
 
 
 def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's perplexity divided by a baseline's. Their losses are paired by document."""
+    """Yield the compact model's perplexity divided by a baseline's, with intervals paired by document."""
     compact = sources.compact
     ours = compact.totals
     scored = ours.tokens > 0
@@ -387,12 +393,15 @@ def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidenc
         source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
         about = _common(compact, sources) | _windows(compact, view) | {"stage": "comparison"}
         about["source"] = source
-        if ratio.as_report():  # None: the ratio is infinite
+        if ratio.as_report():  # None: the ratio or its upper limit is infinite
             yield _interval(f"ratio.{COMPACT}_to_{baseline.name}{view}.perplexity", ratio, "ratio", about)
 
 
 def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the p-value of McNemar's test for each task with the same items."""
+    """Yield McNemar's p-value for each task in which both models answered the same questions.
+
+    Null hypothesis: both models have the same accuracy.
+    """
     compact = sources.compact
     about = _common(compact, sources) | {"corpus": "", "stage": "comparison"}
     about["source"] = f"exact McNemar test on the items of {compact.source} and {baseline.source}"

@@ -1,4 +1,4 @@
-"""Render reports/evidence.json as HTML page, Markdown, CSV, model card and plots.
+"""Render reports/evidence.json as an HTML page, Markdown, CSV, a model card and plots.
 
 The HTML page is one file in two languages, without scripts.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 RECORD = "evidence.json"
-# Metric of the model card -> its name and unit.
+# Metric -> its name and unit in the model card.
 CARD_METRICS = {
     "loss": "loss (nats per GPT-2 token)",
     "perplexity": "perplexity (per GPT-2 token)",
@@ -44,7 +44,7 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
     Markdown and plots are in `language`. The HTML page opens in `language` and has both languages.
     """
     content = json_bytes(record)
-    record = json.loads(content)  # with sorted keys, like the record that `compactgpt verify` reads
+    record = json.loads(content)  # sort keys, as in the file on disk
     return {
         RECORD: content,
         "comparison.md": render_comparison(record, language).encode(),
@@ -56,9 +56,9 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
 
 
 def render_page(record: Record, default: Language = "en") -> str:
-    """Render the record as one HTML page.
+    """Render reports/evidence.json as one HTML page with all languages.
 
-    The language `default` is visible when the page opens.
+    The page opens in the language `default`.
     """
     from markupsafe import Markup
 
@@ -76,13 +76,13 @@ def render_page(record: Record, default: Language = "en") -> str:
 
 
 def render_comparison(record: Record, language: Language = "en") -> str:
-    """Render the record as reports/comparison.md."""
+    """Render reports/evidence.json as reports/comparison.md."""
     template = markdown_environment().get_template("comparison.md.j2")
     return template.render(view=View(record, language), columns=COLUMNS).strip() + "\n"
 
 
 def render_csv(record: Record) -> str:
-    """Render the record as reports/comparison.csv: values of the claims, then of the measured models."""
+    """Render reports/comparison.csv: the claims with their values, then all values of measured models."""
     view, buffer = View(record), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_HEAD)
@@ -103,7 +103,7 @@ def render_csv(record: Record) -> str:
 
 
 def render_quoted_tables(record: Record) -> dict[str, str]:
-    """Return the tables of README.md in English: name of the table -> Markdown."""
+    """Return the tables that README.md contains: name -> Markdown in English."""
     macros: Any = markdown_environment().get_template("macros.md.j2")
     macros = macros.make_module({"view": View(record), "columns": COLUMNS})
     names = ("note", "measured", "published")
@@ -111,7 +111,10 @@ def render_quoted_tables(record: Record) -> dict[str, str]:
 
 
 def replace_tables(page: str, tables: Mapping[str, str]) -> str:
-    """Return a Markdown page with the tables in `tables` (name -> table). Other tables do not change."""
+    """Replace the tables of a Markdown page by those with the same name in `tables`.
+
+    A table of the page that `tables` lacks does not change.
+    """
 
     def replace(found: re.Match[str]) -> str:
         return f"{found[1]}\n{tables[found[2]]}\n{found[3]}" if found[2] in tables else found[0]
@@ -128,7 +131,7 @@ def render_model_card(record: Record) -> str:
 
     view, data = View(record), record["data"]
     corpus = printable(view.corpus)
-    # A perplexity that is too large for a float is not in the record.
+    # The card omits a perplexity that is too large for a float: reports/evidence.json does not contain it.
     metrics = [
         {"type": metric, "name": name, "value": view.evidence[f"{COMPACT}.{metric}"]["value"]}
         for metric, name in CARD_METRICS.items()
@@ -151,11 +154,11 @@ def render_model_card(record: Record) -> str:
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Return (text of the card, ""), or ("", error) if the card is missing or is of other weights."""
+    """Return (text of the card, ""), or ("", error) if the card is missing or describes other weights."""
     if not card.is_file():
         return "", f"{card} is missing: run `dvc repro comparison` to create it"
     text = card.read_text(encoding="utf-8")
     named = re.search(r"SHA-256 of the weights as trained: `([0-9a-f]{64})`", text)
     if named is None or named[1] != read_manifest(model)["files"]["model.safetensors"]["sha256"]:
-        return "", f"{card} describes other weights than {model}: run `dvc repro comparison`"
+        return "", f"{card} does not describe the weights in {model}: run `dvc repro comparison`"
     return text, ""

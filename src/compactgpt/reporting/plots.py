@@ -1,6 +1,6 @@
 """Draw the plots of reports/evidence.json: PNG for DVC and MLflow, SVG for HTML.
 
-Equal inputs give equal bytes.
+Equal values give files with equal bytes.
 """
 
 import io
@@ -14,7 +14,7 @@ from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.tables import Item, Record, View, localized, show
 from compactgpt.reporting.templating import TEMPLATES, Language
 
-# Name of each CSS variable of the page -> its colour in PNG.
+# Name of a CSS variable of the HTML page -> its colour in PNG. SVG uses the variable.
 COLOURS = {
     "ink": "#1b1b1a",
     "muted": "#6b6963",
@@ -26,7 +26,7 @@ COLOURS = {
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # maximum number of characters in a line of a label
-WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot of curves
+WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot without rows
 LINE_HEIGHT = 0.24  # inches: height of one text line
 Axes = Any
 
@@ -45,7 +45,7 @@ def _loss(view: View, axes: Axes) -> None:
         label = view.words[f"{key}_curve"]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label)
     final = view.evidence["compact.loss"]
-    # With few documents, an interval may not contain the value. matplotlib refuses negative error bars.
+    # With few documents, the interval may not contain the value. Clip at 0: an error bar is never negative.
     errors = [[max(0.0, final["value"] - final["low"])], [max(0.0, final["high"] - final["value"])]]
     axes.errorbar([last * 1.03], [final["value"]], errors, fmt="o", color=DEMO, capsize=0, markersize=5)
     label = show(final["value"], final["unit"], view.language)
@@ -59,7 +59,10 @@ def _loss(view: View, axes: Axes) -> None:
 def _draw_rows(
     view: View, axes: Axes, items: Sequence[Item], names: Sequence[str], highlighted: Sequence[int] = ()
 ) -> None:
-    """Draw each item as a row: a dot, its interval, and its formatted value."""
+    """Draw each value as a row: a dot, the interval, and the formatted value.
+
+    The rows with the numbers `highlighted` have the compact model's colour.
+    """
     for row, item in enumerate(items):
         colour = DEMO if row in highlighted else INK
         if item["low"] is not None:
@@ -75,7 +78,7 @@ def _write_value(view: View, axes: Axes, row: int, value: float, unit: str, colo
 
 
 def _name_rows(axes: Axes, names: Sequence[str], limits: tuple[float, float]) -> None:
-    labels = ["\n".join(map(_label, name.split("\n"))) for name in names]
+    labels = ["\n".join(map(_shorten, name.split("\n"))) for name in names]
     axes.set_yticks(range(len(names)), labels, color=INK)
     lines = max(8, sum(1 + label.count("\n") for label in labels))
     axes.figure.set_figheight(1.0 + LINE_HEIGHT * lines)
@@ -83,20 +86,20 @@ def _name_rows(axes: Axes, names: Sequence[str], limits: tuple[float, float]) ->
     axes.grid(visible=False, axis="y")
 
 
-def _label(name: str) -> str:
-    """Shorten a name to at most LONGEST_LABEL characters."""
+def _shorten(name: str) -> str:
+    """Return the name. A name longer than LONGEST_LABEL characters is cut and ends with `…`."""
     name = printable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
 def _bits_per_byte(view: View, axes: Axes) -> None:
-    """Draw the bits per byte of each row in the table of measured models."""
+    """Draw the bits per byte of each row in the table `measured`."""
     rows = sorted(view.rows, key=lambda row: _value(view.evidence[f"{row['scores']}.bits_per_byte"]))
     items = [view.evidence[f"{row['scores']}.bits_per_byte"] for row in rows]
     ours = [n for n, row in enumerate(rows) if row["name"] == COMPACT]
     _draw_rows(view, axes, items, [_row_label(view, row) for row in rows], ours)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{view.words['bits_per_byte']}, {_label(items[0]['corpus'])}")
+    axes.set_xlabel(f"{view.words['bits_per_byte']}, {_shorten(items[0]['corpus'])}")
 
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
@@ -116,7 +119,7 @@ def _ratio(view: View, axes: Axes) -> None:
     _set_log_axis(view, axes, 10)
     ends = [item[key] for item in items for key in ("low", "high")]
     axes.set_xlim(min([0.5, *ends]) / 1.25, max([2.0, *ends]) * 1.25)
-    # `better` and `worse` always fit at the ends of the axis.
+    # `better` and `worse` are titles at the left and right end of the axes, where both always fit.
     for words, position in (("better", "left"), ("worse", "right")):
         axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])
@@ -141,7 +144,7 @@ def _positions(view: View, axes: Axes) -> None:
         low, high, values = ([row["loss"][key] for row in rows] for key in ("low", "high", "value"))
         axes.fill_between(positions, low, high, color=colour, alpha=0.13, linewidth=0)
         axes.plot(
-            positions, values, color=colour, linewidth=width, marker="o", markersize=4, label=_label(name)
+            positions, values, color=colour, linewidth=width, marker="o", markersize=4, label=_shorten(name)
         )
     _set_log_axis(view, axes, 2)
     if view.record["positions"]:
@@ -151,7 +154,7 @@ def _positions(view: View, axes: Axes) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Draw expected and actual losses: of this run, the note's model and published runs."""
+    """Draw expected and actual losses of the compact model, the note's model and published training runs."""
     runs = [(view.say("run_here"), COMPACT, f"{COMPACT}.loss")]
     if view.about_note:
         runs.append((view.words["note_run"], "note", "reported.loss"))
@@ -226,10 +229,10 @@ def draw_svg(record: Record, name: str, language: Language, label: str) -> str:
     body = text[text.index("<svg") :].strip()
     for variable, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{variable})")
-    prefix = f"{language}-{name}-"  # the page has many plots, and each id must be unique
+    prefix = f"{language}-{name}-"  # ids must be unique in the page, which has many plots
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", body)
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # a <style> element changes the whole page
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # <style> would change the whole page
     body = re.sub(r" font-family: [^;\"]*;", "", body)
     box = re.search(r'viewBox="[^"]*"', body)
     opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(label)}" stroke-linejoin="round">'
@@ -242,7 +245,7 @@ def _draw(record: Record, name: str, language: Language, form: str, **options: A
 
     buffer = io.BytesIO()
     salt = {"svg.hashsalt": f"{name}-{language}"}
-    style = matplotlib.rc_params_from_file(TEMPLATES / "plots.mplstyle")  # includes matplotlib's defaults
+    style = matplotlib.rc_params_from_file(TEMPLATES / "plots.mplstyle")  # includes all defaults
     with matplotlib.rc_context({**style, **salt}):
         figure = make_figure(View(record, language), name)
         FigureCanvasAgg(figure)

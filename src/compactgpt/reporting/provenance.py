@@ -14,7 +14,7 @@ RECORD = Path("reports/evidence.json")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return a dict: stage -> SHA-256 of a list of its Python files.
+    """Return a dict: stage -> SHA-256 of a list of the stage's Python files.
 
     The list has a line `<SHA-256 of the file>  <path>` for each file, sorted by path.
     """
@@ -28,9 +28,9 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the value with the id `name`.
+    """Return the value with the id `name` in `record`, the content of reports/evidence.json.
 
-    Raises MissingInput, with similar ids, if the record lacks the value.
+    Raises MissingInput, with similar ids, if no value has this id.
     """
     values: dict[str, dict[str, Any]] = {item["id"]: item for item in record["evidence"]}
     if name not in values:
@@ -41,7 +41,7 @@ def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def trace(root: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the origin of a value as (label, text) pairs.
+    """Return the origin of a value as (label, text) pairs: report, stage, code, input files, commit.
 
     Raises BadData if dvc.lock has no entry for the value's stage.
     """
@@ -67,7 +67,10 @@ def trace(root: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def find_commit(root: Path, md5: str) -> str:
-    """Return hash, date and subject of the first commit with `md5` in dvc.lock."""
+    """Return hash, date and subject of the first commit whose dvc.lock contains `md5`.
+
+    If git has no such commit, return a phrase that says so.
+    """
     try:
         found = git_text(root, "log", "--reverse", "--format=%h %as %s", f"-Smd5: {md5}", "--", "dvc.lock")
     except UserError:

@@ -22,18 +22,18 @@ from compactgpt.reporting.claims import COMPACT
 
 # Names of sweeps. Their files in results/ have the format of `compactgpt.forecast.sweep.Sweep`.
 SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
-# Id of a perplexity ratio -> the experiments that measured numerator and denominator.
+# Id of a perplexity ratio -> (experiment of the numerator, experiment of the denominator).
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# A run may differ from its experiment in parameters that begin with these texts.
+# Prefixes of parameters that `record_result` does not compare with the experiment.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# End of a ratio's id -> the text metric that is divided by GPT-2's.
+# Last part of a ratio's id -> text metric. The ratio divides the experiment's metric by GPT-2's.
 TEXT_RATIOS = {
     "repetition": "greedy.seq_rep_4",
     "distinct_2": "greedy.distinct_2",
@@ -45,7 +45,7 @@ TEXT_RATIOS = {
 
 
 class Documents(Section):
-    """Losses in nats and numbers of tokens, in the order of the val documents."""
+    """The loss in nats and the number of tokens of each val document, in the order of the val split."""
 
     ids_sha256: Sha256  # hash of the documents' ids and numbers of tokens
     nats: tuple[float, ...]
@@ -53,16 +53,16 @@ class Documents(Section):
 
 
 class Result(Section):
-    """The content of one file in results/."""
+    """The result of one experiment, in results/<experiment>.json."""
 
-    experiment: Name  # name of a file in conf/experiments
+    experiment: Name  # name of a file in conf/experiments, without .yaml
     params: dict[str, Any]  # the sections `model`, `training` and `download.corpus` of params.yaml
     documents: Documents
     evidence: tuple[dict[str, Any], ...]  # measured values; each id contains the experiment's name
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
-    """Read all results in a folder, sorted by name.
+    """Read the results of all experiments in a folder, without sweeps, sorted by name.
 
     Raises BadConfig if a file is not valid.
     """
@@ -71,9 +71,9 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 
 
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
-    """Write the last run's measured values to results/NAME.json and return the path.
+    """Write the measured values in reports/ to results/<name>.json and return the path.
 
-    Raises BadConfig if that run is not the experiment NAME, MissingInput if a report is missing.
+    Raises BadConfig if params.yaml or reports/ are not the experiment's, MissingInput without a report.
     """
     if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
@@ -94,8 +94,8 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
     for value_id, number in expected.items():
         if values.get(value_id) != number:
             raise BadConfig(
-                f"{value_id} is {values.get(value_id)} in reports/evidence.json and {number} by params.yaml: "
-                "run `dvc repro` first"
+                f"{value_id} is {values.get(value_id)} in reports/evidence.json, "
+                f"but params.yaml gives {number}: run `dvc repro` first"
             )
     totals = read_totals(root / "data" / "evaluation" / "compact.parquet")
     documents = document_sums(totals.ids, totals.nats.tolist(), totals.tokens.tolist())
@@ -105,13 +105,13 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 
 
 def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
-    """Return the losses of the val documents, in nats rounded to 6 decimals."""
+    """Return `Documents` with losses rounded to 6 decimals."""
     rounded = tuple(round(n, 6) for n in nats)
     return Documents(ids_sha256=documents_sha256(ids, tokens), nats=rounded, tokens=tuple(tokens))
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Return an experiment's result: the measured values of the record.
+    """Return the result of the experiment `name`: the measured values of `record`, reports/evidence.json.
 
     The ids of the values contain the experiment's name.
     """
@@ -129,7 +129,7 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
 
 
 def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of a value with the experiment's name in id, report and source."""
+    """Return a copy of a value, with the experiment's `name` in the fields id, report and source."""
     first, _, rest = item["id"].partition(".")
     renamed = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
     if first == COMPACT:
@@ -137,7 +137,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
     elif first == "ratio":
         renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
     else:
-        # One baseline's name may begin with another's, so take the longest match.
+        # Take the longest matching name: `a.b.loss` is of the baseline `a.b`, even if there is also an `a`.
         owner = max((other for other in baselines if item["id"].startswith(f"{other}.")), key=len)
         renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"
     return {**item, **renamed}
@@ -146,7 +146,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
 def _derive(
     name: str, kept: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, float | None]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield val loss minus train loss, and text metrics divided by GPT-2's."""
+    """Yield an experiment's val loss minus train loss, and its text metrics divided by GPT-2's."""
     by_id = {item["id"]: item for item in kept}
     val_loss, train_loss = curve[-1]["val_loss"], curve[-1]["train_loss"]
     if val_loss is not None and train_loss is not None:
@@ -161,7 +161,7 @@ def _derive(
                 "id": f"ratio.{name}_to_gpt2.{quantity}",
                 "unit": "ratio",
                 "value": ours["value"] / theirs["value"],
-                # the smallest and the largest ratio of values within the two intervals
+                # the smallest and the largest ratio that the two intervals allow
                 "low": max(ours["low"], 0.0) / theirs["high"],
                 "high": ours["high"] / theirs["low"],
                 "source": f"{ours['id']} over {theirs['id']}",
@@ -169,7 +169,7 @@ def _derive(
 
 
 def compare_results(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """Yield the perplexity ratio of each pair in PAIRS with equal val documents."""
+    """Yield the perplexity ratio of each pair in PAIRS, if both experiments have the same val documents."""
     by_name = {result.experiment: result for result in results}
     for value_id, (ours, theirs) in PAIRS.items():
         one, other = by_name.get(ours), by_name.get(theirs)

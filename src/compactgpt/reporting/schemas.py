@@ -23,7 +23,7 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import find_directions
 
-# An experiment: the demo's model, trained with nanoGPT's recipe on as many tokens as the demo.
+# Experiment with the model and the number of training tokens of `demo`, but nanoGPT's hyperparameters.
 RECIPE = "nanogpt-recipe"
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 
@@ -41,7 +41,7 @@ class _Model(Report):
     num_params: int | None
     num_params_non_embedding: int | None = None
     tokenizer: str = ""
-    # A model in one file has `sha256`. A model in several weight files has `weights_sha256`.
+    # Hash of the weights: `sha256` if the model has one weights file, `weights_sha256` if it has several.
     sha256: str = ""
     weights_sha256: str = ""
 
@@ -62,15 +62,15 @@ class Scores(Report):
 
 
 class ViewScore(Scores):
-    """Scores in other windows than the shared ones: of the model's maximum context, or overlapping."""
+    """Scores in windows of the model's maximum context. The windows overlap in the view `strided`."""
 
     context: int  # tokens in a window
     stride: int  # tokens between the starts of two neighbouring windows
 
 
 class _Position(Report):
-    last: int  # end of a range of positions in the window; the first position is 1
-    loss: Interval  # of the tokens at these positions, in nats per token of the model's tokenizer
+    last: int  # last position of a range of positions in the window, counted from 1
+    loss: Interval  # mean over the range, in nats per token of the model's tokenizer
 
 
 class _WikiText(Report):
@@ -103,9 +103,9 @@ class _Sample(Report):
 
 
 class Text(Report):
-    """Metrics and samples of generated text. Also the schema of reports/samples.json."""
+    """Schema of reports/samples.json and of `text` in a model's report: generated text and its metrics."""
 
-    statistics: dict[str, dict[str, Interval | None]] = {}  # decoding strategy -> metric -> value
+    statistics: dict[str, dict[str, Interval | None]] = {}  # decoding strategy or `human` -> metric -> value
     samples: list[_Sample] = []
 
 
@@ -117,7 +117,7 @@ class Score(Scores):
     window: int  # number of tokens in the windows that all neural models share
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
-    views: dict[str, ViewScore] = {}  # name of the windows (`own`, `strided`) -> scores in these windows
+    views: dict[str, ViewScore] = {}  # `own`, `strided` -> scores in windows of the model's maximum context
     tasks: dict[str, Task] = {}  # name of the task -> results
     text: Text = Text()
 
@@ -184,7 +184,7 @@ class _Law(Report):
 
 
 class Forecast(Report):
-    """A forecast in reports/estimate.json: for the run of params.yaml or the note's model."""
+    """Size, training tokens and expected loss of a model, in reports/estimate.json."""
 
     parameters: ParameterCounts
     model: Model
@@ -198,9 +198,9 @@ class Forecast(Report):
 
 
 class _Check(Report):
-    name: str  # name of the published run
-    measured: float  # loss of the run
-    # Limits of the intervals predicted from the other published runs.
+    name: str  # name of a published training run
+    measured: float  # published loss of this training run
+    # Limits of the 80 % and 95 % intervals of the loss, predicted from all other published training runs.
     low_80: float
     high_80: float
     low_95: float
@@ -208,32 +208,32 @@ class _Check(Report):
 
 
 class Calibration(Report):
-    """How often the predicted intervals contained the measured loss of a published run."""
+    """How often a predicted interval contained the loss of a published training run."""
 
-    of: int  # number of runs
-    held_95: int  # number of runs whose measured loss is inside the predicted 95 % interval
+    of: int  # number of published training runs
+    held_95: int  # number of training runs whose loss is inside the predicted 95 % interval
     checks: list[_Check]
 
 
 class Estimates(Report):
     """Schema of reports/estimate.json."""
 
-    compact: Forecast  # the run of params.yaml
-    notes: list[str] = Field(validation_alias=AliasPath("compact", "notes"))  # warnings about this forecast
-    note: Forecast  # the run of the note
-    # A person's forecast of the note's run. `note.expected_loss` is calculated.
+    compact: Forecast  # for the model and the training of params.yaml
+    notes: list[str] = Field(validation_alias=AliasPath("compact", "notes"))  # warnings about `compact`
+    note: Forecast  # for the note's model
+    # The loss that a person expected for the note's model. A fixed rule calculates `note.expected_loss`.
     hand_set_loss: ExpectedLoss = Field(validation_alias=AliasPath("note", "hand_set_loss"))
     calibration: Calibration
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's report and per-document losses."""
+    """One model's scores and its losses on each val document."""
 
     name: str
-    source: str  # path of the report
+    source: str  # path of the file that contains the scores
     score: Score
-    totals_path: str  # path of the per-document losses
+    totals_path: str  # path of the file that contains the losses on each val document
     totals: Totals
 
 
@@ -245,28 +245,28 @@ class Sources:
     published: Published
     estimate: Estimates
     training: Trained
-    curve: list[dict[str, float | None]]  # see `read_curve`
+    curve: list[dict[str, float | None]]  # rows of reports/loss.csv, see `read_curve`
     compact: Measured
     baselines: list[Measured]
     samples: list[_Sample]  # the compact model's samples
     download: Downloaded
     tokenization: Tokenized
-    inspections: dict[str, Inspection]  # stage (`validation`, `inspection`) -> its report
+    inspections: dict[str, Inspection]  # stage (`validation`, `inspection`) -> report of the stage
     flagged: frozenset[str]  # ids of val documents that are leaked or duplicated
     weights_sha256: str  # hash of the compact model's weights
-    code: dict[str, str]  # stage -> SHA-256 of the stage's code
-    results: tuple[Result, ...]  # experiments in results/, without sweeps
-    seed_losses: tuple[float, ...]  # losses of runs that differ from the compact run only in their seed
-    directions: list[dict[str, Any]]  # see `find_directions`
+    code: dict[str, str]  # stage -> SHA-256 of the stage's code, see `code_hashes`
+    results: tuple[Result, ...]  # results of all experiments in results/ that are not sweeps
+    seed_losses: tuple[float, ...]  # val losses of training runs that differ from `compact` only in the seed
+    directions: list[dict[str, Any]]  # what small runs show about the claims, see `find_directions`
 
 
 Kind = TypeVar("Kind", bound=Report)
 
 
 def read_report(path: Path, kind: type[Kind]) -> Kind:
-    """Read the report of another stage.
+    """Read the report of a stage, with the schema `kind`.
 
-    Raises MissingInput if it is missing, BadData if it is damaged.
+    Raises MissingInput if the report is missing, BadData if it does not fit the schema.
     """
     try:
         return parse_report(path.read_bytes(), str(path), kind)
@@ -275,7 +275,7 @@ def read_report(path: Path, kind: type[Kind]) -> Kind:
 
 
 def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
-    """Parse the bytes of a report; errors call it `name`.
+    """Parse the bytes of a report. Error messages call the report `name`.
 
     Raises BadData if the bytes do not fit the schema `kind`.
     """
@@ -288,9 +288,9 @@ def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of the loss curve, with None for losses that were not measured.
+    """Return the rows of reports/loss.csv. A loss is None if training did not measure it at this step.
 
-    Raises MissingInput or BadData.
+    Raises MissingInput if the file is missing, BadData if it is not a loss curve.
     """
     keys = ("step", "train_loss", "val_loss")
     try:
@@ -350,7 +350,10 @@ def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measur
 
 
 def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
-    """Return a sweep whose runs were scored on the compact model's documents, or None."""
+    """Return the sweep in results/<name>.json.
+
+    Returns None if the file is missing or has no losses on the compact model's val documents.
+    """
     found, totals = read_sweep(root / "results" / f"{name}.json"), compact.totals
     if found is None or not found.runs or found.documents is None:
         return None
@@ -359,7 +362,7 @@ def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
 
 
 def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
-    """Return the run with nanoGPT's recipe in the form of a baseline."""
+    """Return the first run of a sweep as `Measured`, so that tables show it as a baseline."""
     run = sweep.runs[0]
     totals = replace(compact.totals, nats=np.array(run.nats), views={}, own_tokens=None)
     report = {
@@ -378,7 +381,7 @@ def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
-    """Raise BadData if the scores of two models can't be compared."""
+    """Raise BadData if two models were scored on different val documents, windows or numbers of questions."""
     ours, theirs, a, b = compact.score, other.score, compact.totals, other.totals
     different = []
     if ours.validation.sha256 != theirs.validation.sha256:

@@ -1,6 +1,6 @@
-"""Check with small runs whether effects have the direction that the note claims.
+"""Check with small training runs whether effects have the direction that the note claims.
 
-The runs are in results/small-scale.json.
+The losses of these training runs are in results/small-scale.json.
 """
 
 import math
@@ -19,7 +19,7 @@ from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_
 from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
-# Text metric -> function that computes it. The result is None if the text is too short.
+# Text metric -> function that computes the metric of a sample, or None if the text is too short.
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
     "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
@@ -28,9 +28,9 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def find_directions(root: Path) -> list[dict[str, Any]]:
-    """Return a dict for each comparison of runs and each claim that the comparison tests.
+    """Return a dict for each comparison of training runs or texts, and each claim that it tests.
 
-    Its `outcome` is `same way` as the claim says, `other way` or `no effect found`.
+    The key `outcome` is `same way` (as the claim says), `other way` or `no effect found`.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -64,19 +64,20 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
     yield from _outcomes(comparison, widen(by_document, between_seeds), (len(ours), len(theirs)))
 
 
-def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return the 95 % error margin of a difference between means of `ours` and `theirs` runs.
+def seed_margin(losses: Any, our_runs: int, their_runs: int) -> float:
+    """Return half the width of the 95 % interval of a difference between two mean losses.
 
-    `losses`, (runs,), are of runs that differ only in their seed.
+    The means are over `our_runs` and `their_runs` training runs. `losses`, (runs,), are of training runs
+    that differ only in their seed.
     """
     deviation = float(np.std(losses, ddof=1))
-    return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)
+    return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / our_runs + 1 / their_runs)
 
 
 def widen(interval: Interval, margin: float) -> Interval:
     """Widen the interval of a ratio by a second, independent error.
 
-    `margin` is half the width of the second error's interval, for the logarithm of the ratio.
+    `margin` is half the width of the second error's 95 % interval, on the logarithm of the ratio.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -85,7 +86,7 @@ def widen(interval: Interval, margin: float) -> Interval:
 
 
 def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
-    """Return pairs of greedy texts (compact model, baseline) for the same val documents."""
+    """Return pairs of greedy samples: (compact model's, baseline's) for the beginning of one val document."""
     paths = (reports / "samples.json", reports / "baseline" / f"{baseline}.json")
     if not all(path.exists() for path in paths):
         return []
@@ -101,26 +102,26 @@ def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
 def text_difference(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
 ) -> Interval | None:
-    """Return a metric's mean difference, first minus second text, with Student's 95 % interval.
+    """Return the mean of the metric `figure` of the first text minus the second, with a 95 % t-interval.
 
-    Returns None if fewer than two pairs have texts that are long enough.
+    Returns None if the metric is defined for fewer than two pairs.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
     if len(differences) < 2:
         return None
-    # With denominators of 1, `ratio_interval` returns the mean and its interval.
+    # With denominators of 1, `ratio_interval` returns the mean difference and the interval of the mean.
     return ratio_interval(np.array(differences), np.ones(len(differences)))
 
 
 def _numbered_words(text: str) -> list[int]:
-    """Return one number per word or punctuation mark, the same for equal words."""
+    """Return one number per word or punctuation mark. Equal words have equal numbers."""
     words = re.findall(r"\w+|[^\w\s]", text)
     return [words.index(word) for word in words]
 
 
 def _outcomes(expected: Expected, interval: Interval, runs: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Yield the outcome for each claim of a comparison."""
+    """Yield one dict per claim: whether `interval` shows the direction that the claim says."""
     is_ratio = isinstance(expected, Comparison)
     neutral = 1 if is_ratio else 0
     outcome = "no effect found"

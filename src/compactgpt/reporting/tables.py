@@ -1,4 +1,4 @@
-"""Format the values of the record, reports/evidence.json, as sentences and as rows of cells."""
+"""Format the values of reports/evidence.json as sentences and as rows of cells."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -8,10 +8,10 @@ from typing import Any
 from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.templating import Language, load_messages, translate
 
-Record = Mapping[str, Any]
+Record = Mapping[str, Any]  # the content of reports/evidence.json
 Item = Mapping[str, Any]  # a value in reports/evidence.json: the fields of `Evidence`
 
-# Table -> its columns. The table `note` is the table of the checked note.
+# Table -> its columns. The table `note` repeats the table in the note and adds measured values.
 COLUMNS = {
     "note": ("compact", "gpt2", "gpt2_xl"),
     "claims": ("claim", "says", "range", "verdict", "because"),
@@ -24,7 +24,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the note's table -> id of the compact model's value, without `compact.`
+# Row of the table `note` -> id of the compact model's value, without `compact.`
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -32,7 +32,7 @@ TRAINED_HERE = {
     "tokens": "tokens_seen",
     "loss": "loss",
 }
-# Name of a group in the summary sentence -> the verdicts that the group counts.
+# Name of a group of claims in the summary sentence -> verdicts of the claims in this group.
 GROUPS: dict[str, tuple[str, ...]] = {
     "holds": ("confirmed", "supported"),
     "repeats": ("restated", "consistent"),
@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "open": ("inconclusive", "unverifiable"),
     "waits": ("not yet measured",),
 }
-# Unit of a number -> format of the number.
+# Unit -> format of a number in this unit.
 FORMATS = {
     "parameters": "{:,.0f}",
     "tokens": "{:,.0f}",
@@ -76,12 +76,12 @@ class Cell:
     """A cell of a table."""
 
     text: str
-    id: str = ""  # id of the value in reports/evidence.json, or ""
+    id: str = ""  # id of the value in reports/evidence.json; "" if the cell shows no such value
     note: str = ""  # a second line below the text
 
 
 class View:
-    """The values, claims and messages of a record (reports/evidence.json), formatted in one language."""
+    """The values, claims and messages of reports/evidence.json, formatted in one language."""
 
     def __init__(self, record: Record, language: Language = "en") -> None:
         self.record, self.language = record, language
@@ -91,12 +91,12 @@ class View:
         self.corpus: str = record["data"]["name"]
         # False: the corpus is the user's own, so the note's claims are not checked.
         self.about_note: bool = record["about_note"]
-        # Rows of the table of measured models.
+        # Rows of the table `measured`.
         self.rows: list[Mapping[str, Any]] = record["models"]["measured"]
         self.models: list[str] = list(dict.fromkeys(row["name"] for row in self.rows))
         self.baselines = [name for name in self.models if name != COMPACT]
 
-    # --- words and numbers
+    # --- messages and formatted numbers
 
     @cached_property
     def facts(self) -> dict[str, str]:
@@ -137,24 +137,24 @@ class View:
         }
 
     def say(self, key: str, **values: Any) -> str:
-        """Return the message `key` as plain text, with its placeholders replaced by facts and values."""
+        """Return the message `key` as plain text. `facts` and `values` replace the placeholders."""
         return self.words[key].replace("*", "").format(**{**self.facts, **values})
 
     def translate(self, section: str, text: str) -> str:
-        """Translate a word or sentence of the record. Without a translation, return the text unchanged."""
+        """Translate a text of reports/evidence.json. Without a translation, return the text unchanged."""
         return translate(self.language, section, text)
 
     def figure(self, item: Item) -> str:
-        """Format a value of the record without its interval."""
+        """Format a value with its unit, without its interval."""
         return show(item["value"], item["unit"], self.language)
 
     def show(self, item: Item) -> str:
-        """Format a value of the record with its interval, if it has one."""
+        """Format a value, followed by its interval if the value has one."""
         bounds = self.interval(item["low"], item["high"], item["unit"])
         return f"{self.figure(item)} ({bounds})" if bounds else self.figure(item)
 
     def interval(self, low: float | None, high: float | None, unit: str) -> str:
-        """Format an interval. None means that there is no such limit. Without limits, return ""."""
+        """Format an interval. None: the interval has no such limit. Without any limit, return ""."""
         if low is not None and high is not None:
             ends = (show(low, unit, self.language), show(high, unit, self.language))
             return ends[0] if low == high else f"{ends[0]} {self.words['to']} {ends[1]}"
@@ -177,7 +177,7 @@ class View:
         return self.words["not_defined" if is_too_large else "none"]
 
     def cell(self, name: str) -> Cell:
-        """Return a cell with the value of the id `name`, or with a dash."""
+        """Return a cell with the text `value(name)` and the id of the value, if it exists."""
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known_on(self, item: Item) -> str:
@@ -195,13 +195,13 @@ class View:
         return ", ".join(parts) or self.words["none"]
 
     def head(self, columns: Iterable[str]) -> list[str]:
-        """Return the headings of columns."""
+        """Return the headings of `columns`, in the language of the view."""
         return [self.words[column] for column in columns]
 
     # --- sentences
 
     def headline(self) -> str:
-        """Return the main result: the note's perplexities beside published, expected or measured ones.
+        """Return the main result: perplexities of the note, published models and the model trained here.
 
         On the user's own corpus, return the compact model's scores.
         """
@@ -236,7 +236,7 @@ class View:
         return f"{number} {self.translate('verdicts', verdict)}"
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return groups with claims: (name, number of claims, text such as `3 confirmed, 2 supported`)."""
+        """Return each group that has claims: (name, number, text such as `3 confirmed, 2 supported`)."""
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
             present = [verdict for verdict in verdicts if tally.get(verdict)]
@@ -254,7 +254,7 @@ class View:
     # --- claims
 
     def translation(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in English, or "" if no translation is needed."""
+        """Return the claim in English, or "" in a French report or if the note's quote is English."""
         english: str = claim["english"]
         return "" if self.language == "fr" or english == claim["quote"] else english
 
@@ -264,17 +264,17 @@ class View:
         return f"{self.words['quote_open']}{text}{self.words['quote_close']}"
 
     def known_items(self, claim: Mapping[str, Any]) -> list[Item]:
-        """Return the values that decide a claim, then the values shown beside the claim."""
+        """Return the values that decide a claim, then the values that are only shown with the claim."""
         names = [decision["source"] for decision in claim["decisions"]] + list(claim["beside"])
         return [self.evidence[name] for name in names if name in self.evidence]
 
     def verdict(self, claim: Mapping[str, Any]) -> str:
-        """Return a claim's verdict, with a mark if a person decided it."""
+        """Return a claim's verdict. A remark is added if a person decided the verdict."""
         word = self.translate("verdicts", claim["verdict"])
         return f"{word} ({self.words['by_hand']})" if claim["by_hand"] else word
 
     def reasons(self, claim: Mapping[str, Any]) -> list[str]:
-        """Return the reasons for a verdict, as sentences."""
+        """Return the reasons for a claim's verdict, as sentences."""
         reasons = [self.translate("phrases", claim["reason"])] if claim["reason"] else []
         if claim["verdict"] == "not yet measured" and claim["experiment"]:
             reasons.append(self.say("wait_for", name=claim["experiment"]))
@@ -285,7 +285,7 @@ class View:
         return reasons
 
     def small_scale(self, claim: Mapping[str, Any]) -> list[str]:
-        """Return what small runs show about a claim, one sentence for each comparison."""
+        """Return what small training runs show about a claim, one sentence for each comparison."""
         lines = []
         for found in claim["small_scale"]:
             ours, theirs = found["runs"]
@@ -303,19 +303,19 @@ class View:
         return lines
 
     def claimed(self, claim: Mapping[str, Any]) -> str:
-        """Format the interval of a claim, or return a dash if there is none."""
+        """Format the interval that a claim gives, or return a dash if the claim gives no interval."""
         return self.interval(claim["low"], claim["high"], claim["unit"]) or self.words["none"]
 
     # --- tables
 
     def note_head(self) -> list[str]:
-        """Return the column headings of the note's table."""
+        """Return the column headings of the table `note`."""
         return ["", *self.head(COLUMNS["note"]), *([self.say("trained_here")] if self.about_note else [])]
 
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
-        """Return the rows of the note's table: (quantity, claims about the models, values).
+        """Return the rows of the table `note`: (quantity, claims about the models, values).
 
-        `values` has the compact model's value, or is empty.
+        `values` has the value of the model trained here, or is empty if that value is missing.
         """
         rows = []
         for row in self.record["table"]:
@@ -325,7 +325,7 @@ class View:
         return rows
 
     def measured_rows(self) -> list[list[Cell]]:
-        """Return the rows of the table of measured models, one for each context."""
+        """Return the rows of the table `measured`: one for each model and context."""
         rows = []
         for row in self.rows:
             cells = self._sizes_and_scores(row["name"], row["scores"])
@@ -340,7 +340,7 @@ class View:
         return rows
 
     def seen_context(self, row: Mapping[str, Any]) -> str:
-        """Return a phrase: how much of the text before a token the model sees."""
+        """Return a phrase that says how much text before a token the model sees."""
         if row["view"] == "document":
             return self.translate("phrases", row["context"])
         return self.say(f"context_{row['view']}", tokens=self.number(row.get("tokens")))
@@ -369,9 +369,9 @@ class View:
         }
 
     def task_rows(self) -> list[list[str]]:
-        """Return the scores that `measured_rows` lacks, as (model, quantity, value, p-value).
+        """Return the scores that the table `measured` lacks, as (model, quantity, value, p-value).
 
-        A perplexity has no row if the record has its loss.
+        A perplexity has no row if the loss that gives this perplexity is known.
         """
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         measured = [name for name, item in self.evidence.items() if item["known"] == "measured"]

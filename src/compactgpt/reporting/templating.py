@@ -1,6 +1,6 @@
-"""The reports' messages in English and French, and Jinja2 environments for HTML and Markdown.
+"""Messages of the reports in English and French, and Jinja2 environments for HTML and Markdown.
 
-The environments escape values, not messages.
+Templates print values escaped, but keep the Markdown marks of messages.
 """
 
 import re
@@ -25,13 +25,13 @@ _HTML_TAGS = {r"\*\*": "strong", r"\*": "em", "`": "code"}  # pattern of a Markd
 
 @lru_cache
 def load_messages(language: Language) -> Mapping[str, Mapping[str, str]]:
-    """Return all messages of a language, by section and key."""
+    """Return all messages of a language: section -> key -> message."""
     sections: Mapping[str, Mapping[str, str]] = read_yaml(TEMPLATES / f"{language}.yaml")
     return sections
 
 
 def translate(language: Language, section: str, text: str) -> str:
-    """Return the translation of a text of the record, or the text itself."""
+    """Translate an English text of reports/evidence.json. Without a translation, return `text`."""
     for english, translation in load_messages(language).get(section, {}).items():
         # A placeholder `{name}` in the English text matches any text.
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(english))
@@ -42,7 +42,7 @@ def translate(language: Language, section: str, text: str) -> str:
 
 @lru_cache
 def html_environment() -> "Environment":
-    """Return the environment of the HTML templates."""
+    """Return the environment of the HTML templates, which escapes HTML in values."""
     from markupsafe import escape
 
     environment = _environment(lambda text: escape(printable(text, keep="\n\t")))
@@ -52,12 +52,12 @@ def html_environment() -> "Environment":
 
 @lru_cache
 def markdown_environment() -> "Environment":
-    """Return the environment of the Markdown templates. It escapes Markdown and HTML in values."""
+    """Return the environment of the Markdown templates, which escapes Markdown and HTML in values."""
     from markupsafe import Markup
 
     environment = _environment(lambda text: Markup(markdown_text(text)))  # noqa: S704 (escaped right there)
     environment.filters |= {
-        "marked": Markup,  # a message is Markdown already
+        "marked": Markup,  # messages are Markdown already, so do not escape them
         "code": lambda text: Markup(markdown_code(text)),  # noqa: S704
         "block": lambda text: Markup(markdown_block(text)),  # noqa: S704
     }
@@ -70,12 +70,12 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
     from markupsafe import Markup
 
     def finalize(value: Any) -> Markup:
-        # Jinja2 does not escape `Markup` again. Its own autoescaping knows only HTML.
+        # Jinja2 escapes HTML only, so escape here. `Markup` shows Jinja2 that the value is escaped.
         return value if isinstance(value, Markup) else escape(str(value))
 
     @pass_context
     def message(context: Mapping[str, Any], key: str, **values: Any) -> Markup:
-        """Return the message `view.words[key]` as markup. The values in its placeholders are escaped."""
+        """Return the message `view.words[key]` as markup, with escaped values in place of placeholders."""
         view = context["view"]
         template = str(environment.filters["marked"](view.words[key]))
         escaped = {name: finalize(value) for name, value in {**view.facts, **values}.items()}

@@ -54,11 +54,11 @@ class Verification:
         ]
 
     def count(self, what: str, number: int = 1) -> None:
-        """Add `number` to the count of comparisons of the kind `what`."""
+        """Add `number` to the number of comparisons of the kind `what`."""
         self.checked[what] = self.checked.get(what, 0) + number
 
     def add_differences(self, path: str, lines: Iterable[str]) -> None:
-        """Add the first differences of a file, and the number of its other differences."""
+        """Add the first `_SHOWN` differences of the file `path`, and the number of further differences."""
         found = list(lines)
         self.differences += [f"{path}: {line}" for line in found[:_SHOWN]]
         if len(found) > _SHOWN:
@@ -81,7 +81,7 @@ def verify(root: Path) -> Verification:
 def run_check(
     check: Callable[[Path, Params, Verification], None], root: Path, params: Params, found: Verification
 ) -> None:
-    """Run one check, which adds differences to `found`. An unreadable file is a difference, too."""
+    """Run one check, which adds differences to `found`. Count an unreadable file as a difference."""
     try:
         check(root, params, found)
     except UserError as error:
@@ -91,11 +91,14 @@ def run_check(
 
 
 def check_lock(root: Path, _params: Params, found: Verification) -> None:
-    """Compare dvc.lock with dvc.yaml, params.yaml and all files, like `dvc status`, but read every file."""
-    entries_of(Folder(root).read(LOCK))  # raises UserError for a path outside the project
+    """Compare dvc.lock with dvc.yaml, params.yaml and all files.
+
+    Unlike `dvc status`, read each file again, even if its time and size did not change.
+    """
+    entries_of(Folder(root).read(LOCK))  # raises UserError if dvc.lock has a path outside the project
     compared = set()
     with open_repo(root) as repo:
-        for stage in (one for one in repo.index.stages if one.cmd):  # a .dvc file has no command
+        for stage in (one for one in repo.index.stages if one.cmd):  # skip .dvc files: they have no command
             compared.add(stage.name)
             if stage.cmd_changed:
                 found.differences.append(f"{LOCK}: {stage.name}: cmd differs from dvc.yaml: run `dvc repro`")
@@ -118,7 +121,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_params(root: Path, _params: Params, found: Verification) -> None:
-    """Compare the parameters' hash in each report with the parameters in dvc.lock."""
+    """Check that `params_sha256` in each report is the hash of the stage's parameters in dvc.lock."""
     for stage, entry in read_entries(Folder(root)).items():
         for path in outs(entry):
             if not path.startswith("reports/") or not path.endswith(".json") or not (root / path).exists():
@@ -132,7 +135,7 @@ def check_params(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_estimate(root: Path, params: Params, found: Verification) -> None:
-    """Compute the estimate again from params.yaml and results/ladder.json, and compare it with its report."""
+    """Check that params.yaml and results/ladder.json give the values in reports/estimate.json."""
     path = "reports/estimate.json"
     expected = json.loads(json_bytes(estimate(params, read_sweep(root / "results/ladder.json"))))
     report = read_json(root / path)
@@ -142,7 +145,7 @@ def check_estimate(root: Path, params: Params, found: Verification) -> None:
 
 
 def check_numbers(root: Path, params: Params, found: Verification) -> None:
-    """Compute each model's scores again from per-document losses and task answers, and check its report."""
+    """Check that per-document losses and task answers give the scores in each model's report."""
     reports = {"reports/evaluation.json": f"data/evaluation/{COMPACT}.parquet"}
     reports |= {
         f"reports/baseline/{name}.json": f"data/baseline/{name}.parquet" for name in params.baseline.names
@@ -167,9 +170,9 @@ def check_numbers(root: Path, params: Params, found: Verification) -> None:
 
 
 def check_renderings(root: Path, params: Params, found: Verification) -> None:
-    """Compare the record and the rendered files with the same files computed again.
+    """Build reports/evidence.json again, render all files from it, and compare them with reports/.
 
-    Without the record's inputs, only the rendered files are compared.
+    If its inputs are not downloaded, evidence.json is not checked, and the files are rendered from it.
     """
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
@@ -191,7 +194,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
 def differences(expected: Any, found: Any, *, partial: bool = False) -> Iterator[str]:
     """Yield a message for each value that differs between two JSON documents.
 
-    With `partial`, values that only `found` has are ignored.
+    If `partial` is true, values that are missing in `expected` are ignored.
     """
     want, have = _values_by_path(expected), _values_by_path(found)
     for path in want if partial else sorted({*want, *have}):
@@ -213,9 +216,9 @@ def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
-    """Return a message with the number of the first line that differs."""
+    """Return a message: the file is missing, or the number of the first line that differs."""
     if not found:
         return "is missing: run `dvc repro`"
     pairs = enumerate(zip_longest(expected.splitlines(), found.splitlines()), 1)
-    number = next((n for n, (one, other) in pairs if one != other), 1)  # 1: only the line endings differ
-    return f"line {number} is not what the inputs give: run `dvc repro`"
+    number = next((n for n, (one, other) in pairs if one != other), 1)  # 1 if only line endings differ
+    return f"line {number} differs from the file rendered again: run `dvc repro`"
