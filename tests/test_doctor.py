@@ -54,7 +54,7 @@ def test_baselines_say_what_they_need_and_times_are_those_of_the_forecast(projec
     found, params = json.loads(run("--json")), load_params(Path("params.yaml"))
     assert found["baselines"].keys() == params.baseline.specs.keys()
     assert found["baselines"]["xz"] == "ready"
-    assert found["baselines"]["gpt2"].startswith("needs the hub; or a copy")
+    assert found["baselines"]["gpt2"].startswith("needs the hub, or a local copy")
     minutes = found["minutes"]["make repro"]
     assert minutes["training"] == pytest.approx(training_minutes(params, 1e11))
     gguf = params.baseline.names[-1]

@@ -14,12 +14,12 @@ class Commands(TyperGroup):
     """A group of commands that prints a `UserError` as one sentence."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that the user gave."""
+        """Run the user's command; exit after a `UserError`, with its message."""
         with handle_user_errors():
             return super().invoke(ctx)
 
 
-HELP = {"help_option_names": ["-h", "--help"]}  # typer's default is `--help` only
+HELP = {"help_option_names": ["-h", "--help"]}  # typer has only `--help` by default
 app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, pretty_exceptions_enable=False)
 for title, module in {"Run": run, "Use the model": model, "Check and compare": check}.items():
     for entry in [*module.app.registered_commands, *module.app.registered_groups]:

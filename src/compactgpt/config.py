@@ -23,8 +23,8 @@ FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # suffixes 
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-View = Literal["own", "strided"]  # own: the model's longest windows; strided: windows that overlap
-SCRATCH = "scratch"  # the value of training.init_from that starts with random weights
+View = Literal["own", "strided"]  # own: windows of the model's context; strided: such windows that overlap
+SCRATCH = "scratch"  # value of training.init_from: training starts with random weights
 
 
 def _check_glob(pattern: str) -> str:
@@ -44,7 +44,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto: the fastest device of this machine
     num_threads: PositiveInt  # CPU threads that torch uses
     num_workers: PositiveInt  # processes that parse and tokenize text
-    log_interval: PositiveInt = 10  # on a GPU: steps between two logged losses
+    log_interval: PositiveInt = 10  # on a GPU: steps between two logged losses; on a CPU: 1
     sample_interval: NonNegativeInt = 0  # steps between two generated samples; 0: no samples
     sample_prompt: str = ""  # the beginning of each generated sample
 
@@ -61,16 +61,16 @@ class Docstrings(Section):
 class Files(Section):
     """The user's own text files, and how they become documents."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)] | None = None  # of the corpus in the reports
+    name: Annotated[str, Field(min_length=1, max_length=100)] | None = None  # the corpus's name in reports
     patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]  # globs, relative to the repository
     text_column: NonEmpty  # the column or key with the text of a document
     split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]  # how .txt and .md are cut
-    heading: re.Pattern[str] | None  # with split heading, a document begins at each match
-    split_characters: PositiveInt  # minimum length of a document with split size or auto
-    split_over_characters: PositiveInt  # with split auto, only longer files are cut
+    heading: re.Pattern[str] | None  # with split heading, each match begins a document
+    split_characters: PositiveInt  # with split size or auto: minimum length of a document
+    split_over_characters: PositiveInt  # with split auto, only files longer than this are cut
     max_decompressed_megabytes: PositiveInt  # of one compressed file
-    max_decompression_ratio: PositiveInt  # decompressed bytes per compressed byte
-    min_free_disk_megabytes: NonNegativeInt  # while a compressed parquet file is unpacked
+    max_decompression_ratio: PositiveInt  # maximum of decompressed bytes per compressed byte
+    min_free_disk_megabytes: NonNegativeInt  # must stay free while a parquet file is decompressed
 
     def _mistakes(self) -> Iterator[str]:
         if self.split == "heading" and self.heading is None:
@@ -84,12 +84,12 @@ class HubSet(Section):
     config: str | None  # the data set's configuration, if it has several
     splits: Annotated[tuple[Name, ...], Field(min_length=1)]
     text_column: NonEmpty  # the column with the text of a row
-    revision: HubCommit | Literal["refs/convert/parquet"] | None  # a commit, or a branch with sha256
+    revision: HubCommit | Literal["refs/convert/parquet"] | None  # a branch also needs sha256
     licence: str
-    sha256: Sha256 | None = None  # of the text of all rows
+    sha256: Sha256 | None = None  # hash of the text of all rows
     opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
     separator: NonEmpty | None = None  # each row is cut into parts at this text
-    join_characters: PositiveInt | None = None  # parts are joined to documents of at least this length
+    join_characters: PositiveInt | None = None  # adjacent parts are joined up to this length or more
     file: UserPath | None = None  # a local copy, read instead of the hub
     file_url: NonEmpty | None = None  # where the user can download `file`
 
@@ -97,7 +97,7 @@ class HubSet(Section):
         if self.opens_document is not None and self.separator is not None:
             yield "opens_document joins rows, and separator cuts them: give one of the two at most"
         if str(self.revision).startswith("refs/") and self.sha256 is None:
-            yield "revision is a branch, which moves: give sha256, or a commit as the revision"
+            yield "revision is a branch, whose content can change: give sha256, or a commit as the revision"
 
 
 class HubCorpus(Section):
@@ -138,11 +138,11 @@ class Validation(Section):
     max_characters: PositiveInt  # of one document
     min_documents: PositiveInt
     min_total_megabytes: NonNegativeFloat  # of all documents together
-    min_letter_share: Share  # share of letters in one document, without white space
+    min_letter_share: Share  # letters in one document, divided by its characters that are not white space
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
     mostly: Share  # share of documents that must meet each expectation
-    max_rows: Annotated[int, Field(ge=1000)]  # size of the checked sample; below 1,000 it could be empty
+    max_rows: Annotated[int, Field(ge=1000)]  # number of checked documents; a smaller sample could be empty
 
 
 class Tokenization(Section):
@@ -154,17 +154,17 @@ class Tokenization(Section):
 
 class Inspection(Section):
     min_val_documents: PositiveInt
-    max_val_deviation: PositiveFloat  # of val's size from val_fraction, in standard deviations
+    max_val_deviation: PositiveFloat  # maximum of |val's share - val_fraction|, in standard deviations
     shingle_words: PositiveInt  # MinHash compares word sequences of this length
     permutations: PositiveInt  # length of a MinHash signature
-    bands: PositiveInt  # parts of a signature that are compared
+    bands: PositiveInt  # parts of a signature; two documents with an equal part are compared
     seed: Seed
     similarity: PositiveShare  # near duplicates are at least this similar
-    overlap_words: PositiveInt  # length of the val sequences searched in train
+    overlap_words: PositiveInt  # number of words in each val sequence that is searched for in train
     flagged_overlap: Share  # a val document with more overlap is reported
     leaked_overlap: PositiveShare  # a val document with this overlap or more is leaked
-    max_leaked_share: Share  # share of val documents; more stop the pipeline
-    max_repeated_share: Share  # share of documents with a duplicate
+    max_leaked_share: Share  # share of leaked val documents; a greater share stops the pipeline
+    max_repeated_share: Share  # share of documents with a duplicate; a greater share stops the pipeline
     max_listed: NonNegativeInt  # duplicates in train that the report lists
 
     def _mistakes(self) -> Iterator[str]:
@@ -223,37 +223,37 @@ class Training(Section):
     beta2: ShareBelowOne
     grad_clip: NonNegativeFloat  # maximum norm of the gradient; 0: no maximum
     eval_interval: PositiveInt  # steps between two estimates of val's loss
-    eval_windows: PositiveInt  # windows of val in one estimate
+    eval_windows: PositiveInt  # windows of val in one estimate of val's loss
     checkpoint_interval: PositiveInt  # steps between two checkpoints
     head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or a sample of it
     sample_tokens: PositiveInt = 4096  # expected number of sampled vocabulary entries
     sample_power: Share = 0.75  # sampling weight of a token: its count to this power
-    init_unigram: NonNegativeFloat = 0.0  # above 0: the first logits are log frequencies
-    init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoids; 0: random position embeddings
-    position_learning_rate: PositiveFloat | None = None  # None: embedding_learning_rate
+    init_unigram: NonNegativeFloat = 0.0  # above 0: the first logits are log token frequencies
+    init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoidal first position embeddings; 0: random
+    position_learning_rate: PositiveFloat | None = None  # None: the same as embedding_learning_rate
     launcher: Launcher = Launcher()
 
     def _mistakes(self) -> Iterator[str]:
         if self.head == "sampled" and (self.dtype == "bfloat16" or self.launcher.mode == "fsdp"):
-            yield "head sampled needs dtype float32 or tfloat32, and launcher.mode fast; or set head: full"
+            yield "head is sampled: set dtype float32 or tfloat32, and launcher.mode fast; or set head full"
         if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
             yield f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}"
         if (self.init_from == SCRATCH) != (not self.init_sha256):
-            rule = f"empty for {SCRATCH}, else the folder's hash (write 64 zeros: the stage prints it)"
+            rule = f"empty for {SCRATCH}, else the model's hash (with 64 zeros, the stage training prints it)"
             yield f"init_from is {self.init_from}: init_sha256 ({self.init_sha256 or 'empty'}) must be {rule}"
 
 
 class Likelihood(Section):
     document_tokens: PositiveInt | None = None  # scored tokens at each document's start; None: all
-    window: PositiveInt  # tokens of context
+    window: PositiveInt  # length of each window in tokens, the same for every model
     views: tuple[View, ...] = ()  # additional ways to score the neural models
     batch_size: PositiveInt  # windows in one forward pass
-    own_context: PositiveInt  # maximum context in the views, in tokens
+    own_context: PositiveInt  # in the views, a window has the model's context, but at most this many tokens
     stride_share: PositiveShare  # step of the strided view, as a share of its context
 
 
 class Source(Section):
-    """A published text file, local or on the Hugging Face hub."""
+    """The published text of a task: a local file, or a file of a repository on the Hugging Face hub."""
 
     path: UserPath | None = None
     repo: str | None = None
@@ -270,8 +270,8 @@ class Source(Section):
 class Tasks(Section):
     """The tasks of every neural model: to predict last words (cloze, LAMBADA), and WikiText."""
 
-    cloze_items: NonNegativeInt  # passages of val whose last word is predicted
-    cloze_characters: PositiveInt  # length of the text before that word
+    cloze_items: NonNegativeInt  # passages of val whose last word each model predicts
+    cloze_characters: PositiveInt  # approximate length of the text before the predicted word
     lambada: Source | None = None
     lambada_original: Source | None = None
     wikitext: dict[Name, Source]  # name -> test split
@@ -281,8 +281,8 @@ class Tasks(Section):
 
 class Text(Section):
     prompts: tuple[str, ...]
-    documents: Annotated[int, Field(ge=2)]  # val documents whose beginnings the models continue
-    prompt_tokens: PositiveInt  # length of each beginning
+    documents: Annotated[int, Field(ge=2)]  # number of val documents whose first tokens are prompts
+    prompt_tokens: PositiveInt  # number of first tokens in each of these prompts
     max_new_tokens: Annotated[int, Field(ge=5)]
     temperature: PositiveFloat  # of top-k sampling
     top_k: PositiveInt
@@ -311,7 +311,7 @@ class Compressor(_Labelled):
     kind: Literal["compressor"]
     codec: Literal["xz", "zstd"]
     level: PositiveInt
-    train_megabytes: NonNegativeInt  # size of the dictionary; 0: no dictionary
+    train_megabytes: NonNegativeInt  # size of the dictionary, made of train text; 0: no dictionary
 
     def _mistakes(self) -> Iterator[str]:
         if self.level > (highest := {"xz": 9, "zstd": 22}[self.codec]):
@@ -323,7 +323,7 @@ class Compressor(_Labelled):
 class Ngram(_Labelled):
     kind: Literal["ngram"]
     order: Annotated[int, Field(ge=3, le=5)]  # tokens in the longest n-gram
-    train_tokens: PositiveInt  # maximum number, from the start of train
+    train_tokens: PositiveInt  # maximum number of train tokens, from the start of the split
 
 
 class Gguf(_Labelled):
@@ -340,7 +340,7 @@ class Folder(_Labelled):
 
     kind: Literal["folder"]
     path: UserPath
-    sha256: Sha256 | None = None  # hash of the folder; None: the stage stops and prints it
+    sha256: Sha256 | None = None  # hash of the folder; None: the baseline's stage stops and prints the hash
 
 
 class Hub(_Labelled):
@@ -380,7 +380,7 @@ class NoteRun(Model):
     max_steps: PositiveInt
     tokens_per_step: PositiveInt
     micro_batch_size: PositiveInt
-    corpus_tokens: PositiveInt  # tokens of the train split
+    corpus_tokens: PositiveInt  # tokens of OpenWebText's train split
     hand_set_loss: ExpectedLoss
 
 
@@ -393,7 +393,7 @@ class Machine(Section):
 class Run(Section):
     """The size and the budget of a training run."""
 
-    num_params: PositiveInt  # without position embeddings
+    num_params: PositiveInt  # number of parameters without position embeddings
     num_params_non_embedding: PositiveInt
     max_steps: PositiveInt
     tokens_per_step: PositiveInt
@@ -435,10 +435,10 @@ class Comparison(Section):
 class Regression(Section):
     """The limits of `compactgpt gate`: how much worse a metric may become."""
 
-    false_alarms: Annotated[float, Field(gt=0, lt=0.5)]  # probability of a failure by chance
+    false_alarms: Annotated[float, Field(gt=0, lt=0.5)]  # probability that the gate fails by chance
     fallback_noise: NonNegativeFloat  # standard deviation of the loss between seeds, if not measured
-    max_documents: PositiveInt  # in a reference of the gate
-    max_baseline_change: NonNegativeFloat  # of a baseline's loss, in nats per token
+    max_documents: PositiveInt  # maximum number of val documents in a reference of the gate
+    max_baseline_change: NonNegativeFloat  # of a baseline's loss since the reference, in nats per token
     min_throughput_ratio: PositiveFloat  # our training speed divided by nanoGPT's
     tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]  # allowed worsening
 

@@ -115,7 +115,7 @@ def _need(spec: BaselineSpec, hub_answers: bool) -> str:
             return "ready: in the hub's cache"
         if hub_answers:
             return "can be downloaded from the hub"
-        return "needs the hub; or a copy: its entry in baseline.specs is then {kind: folder, path: /a/folder}"
+        return "needs the hub, or a local copy: {kind: folder, path: /a/folder} in baseline.specs"
     if isinstance(spec, Gguf):
         if (state_folder() / "wheels" / spec.sha256).is_file():
             return "ready: downloaded"

@@ -72,7 +72,7 @@ class TextComparison(Expected):
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run of a sweep."""
+    """A planned run of a sweep."""
 
     name: str
     group: str
@@ -89,8 +89,8 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
-    comparisons: tuple[Comparison, ...] = ()  # of groups of this sweep, or of the sweep `seeds`
-    texts: tuple[TextComparison, ...] = ()  # of the generated texts in reports/
+    comparisons: tuple[Comparison, ...] = ()  # they compare groups of this sweep, or of the sweep `seeds`
+    texts: tuple[TextComparison, ...] = ()  # they compare the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
@@ -178,7 +178,7 @@ def edit_params(
 ) -> tuple[str, list[str]]:
     """Return the text of params.yaml after `change`, and a line for each value that differs.
 
-    Raises BadConfig if the result is not valid, in a message that names it `source`.
+    Raises BadConfig if the new text is not valid; the message calls this text `source`.
     """
     before = _read_tree(params_file)
     yaml = YAML()
@@ -211,7 +211,10 @@ def _list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: s
 def apply(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
 ) -> list[str]:
-    """Write an experiment and changes `key=value` to params.yaml, and return a line for each change."""
+    """Write an experiment and changes `key=value` to params.yaml, and return a line for each change.
+
+    With `write=False`, params.yaml stays as it is.
+    """
     change = partial(set_experiment, name=name, conf=conf, settings=settings)
     content, changes = edit_params(params_file, change, f"params.yaml with {name}")
     if write and changes:
@@ -261,12 +264,12 @@ def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
     require_repository(Path())
     check_dependencies(params_file.parent)
     apply(name, params_file, settings)
-    # The name has the time, because DVC refuses a second experiment of the same name.
+    # The name contains the time, because DVC refuses a second experiment of the same name.
     run_dvc(["exp", "run", "-n", time.strftime(f"{name}-%Y%m%d-%H%M%S")])
 
 
 def _dvc_environment() -> dict[str, str]:
-    """Return environment variables that put this Python's DVC first; raises MissingInput without DVC."""
+    """Return the environment, with this Python's DVC first in PATH; raises MissingInput without DVC."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("dvc", path=path):
         raise MissingInput("DVC is not installed: run `pip install 'compactgpt[pipeline]'`")

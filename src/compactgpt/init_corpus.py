@@ -34,7 +34,7 @@ OTHER_BYTES_PER_TOKEN = 1.5
 VAL_DOCUMENTS = 50  # val documents to aim for; a split by hash then rarely gives fewer than 20
 VAL_TOKENS = 30_000  # val tokens to aim for; every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-MIN_DOCUMENTS = 10  # MAX_VAL_FRACTION of 10 is 2, the minimum for text statistics
+MIN_DOCUMENTS = 10  # MAX_VAL_FRACTION of 10 documents is 2 val documents, the fewest for text statistics
 FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut files
 # Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Plan:
-    """The proposal of `init-corpus`."""
+    """The changes that `init-corpus` proposes."""
 
     found: list[str]  # messages about the text
     additions: list[list[str]]  # arguments of each `dvc add` command
@@ -68,7 +68,7 @@ class Plan:
 
 
 def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None = None) -> Plan:
-    """Read the files and folders `paths`, and return a proposal.
+    """Read the files and folders `paths`, and return the proposed changes.
 
     `minutes` limits the training time; the default is DEFAULT_MINUTES.
     """
@@ -103,7 +103,7 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
 
 
 def apply_plan(plan: Plan, params_file: Path) -> None:
-    """Bring the text to corpus/ with DVC, then write params.yaml."""
+    """Add the text to corpus/ with `dvc add`, then write params.yaml."""
     if plan.additions:
         require_repository(Path())
     for words in plan.additions:
@@ -113,9 +113,9 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 def _with_limits_of_demo(params_file: Path) -> Params:
     """Return the settings of params.yaml, with the limits of the experiment `demo`."""
-    load_params(params_file)  # raises an error that names a mistake in the file
+    load_params(params_file)  # only for the error that names a mistake in the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
-    # The limits in params.yaml may fit an earlier corpus.
+    # Replace the limits in params.yaml, which may fit an earlier corpus.
     limits = {name: demo[name] for name in ("validation", "inspection")}
     limits |= {"download": {"files": demo["download"]["files"]}}
     limits |= {"evaluation": {"text": demo["evaluation"]["text"]}}
@@ -133,7 +133,7 @@ def _target(path: Path) -> tuple[str, list[str]]:
     is_inside = path.is_relative_to(corpus)
     name = path.relative_to(corpus.parent).as_posix() if is_inside else f"{FOLDER}/{path.name}"
     target = name
-    if path.is_file() and file_kind(name) not in FILE_KINDS:  # for example, enwik8 becomes enwik8.txt
+    if path.is_file() and file_kind(name) not in FILE_KINDS:  # add .txt: enwik8 becomes enwik8.txt
         target = re.sub(r"(?i)(\.gz|\.zst|)$", r".txt\1", name, count=1)
     if re.search(r"[][*?:\\]", name) or (is_inside and target != name):
         raise BadConfig(
@@ -199,12 +199,12 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # A split by hash scatters the parts of a cut file, and may put too few documents in a small val split.
+    # A split by hash puts parts of one cut file in both splits, and may put too few documents in a small val.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
     values = {f"validation.{key}": value for key, value in limits.items()} | {
-        # The stage `validation` fails if a later run lacks more than half of the text.
+        # The stage `validation` fails if the corpus later has less than half of its present text.
         "validation.min_documents": documents // 2,
         "validation.min_total_megabytes": round(megabytes / 2, 3),
         "tokenization.val_fraction": fraction,
@@ -242,7 +242,7 @@ def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> di
 
 
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
-    """Return proposed values of the section `training`, and a message about its time."""
+    """Return proposed values of the section `training`, and a message about the training time."""
     step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
     steps_per_epoch = tokens / params.training.tokens_per_step
     found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * steps_per_epoch)
@@ -260,7 +260,7 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
-    """Return proposed values of the section `evaluation`; `tokens` has one number per document."""
+    """Return proposed values of the section `evaluation`; `tokens` has the length of each document."""
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     # Share of val documents that must be long enough for a prompt and a continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)

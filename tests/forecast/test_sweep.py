@@ -116,7 +116,7 @@ def test_the_command_adds_the_fit_to_the_runs_and_prints_the_prediction(finished
     other = finished.model_copy(update={"settings": finished.settings | {"training.beta1": 0.7}})
     write_json(path, other.model_dump(mode="json"))
     printed = sweep.fit_sweep(path, ROOT / "params.yaml").splitlines()
-    assert printed[-1] == "no prediction for the configured run, which has another training.beta1"
+    assert printed[-1] == "no prediction: the configured run differs from the sweep in training.beta1"
     path.write_text("{}")
     with pytest.raises(BadConfig, match="runs: missing key"):
         sweep.read_sweep(path)

@@ -240,7 +240,7 @@ def test_tokens_that_do_not_fit_the_model_are_refused(splits, train, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({**SAMPLED, "dtype": "bfloat16"}, "head sampled needs dtype float32 or tfloat32"),
+        ({**SAMPLED, "dtype": "bfloat16"}, "head is sampled: set dtype float32 or tfloat32"),
         ({**SAMPLED, "launcher": {"mode": "fsdp"}}, r"and launcher.mode fast"),
         ({"launcher": {"processes": 3}}, "tokens_per_step .32. must .* training.launcher.processes .48."),
         ({"init_unigram": 1.0, "init_from": "gpt2", "init_sha256": "0" * 64}, "init_unigram and init_pos"),

@@ -14,7 +14,7 @@ from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, sweep_re
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# For the backward pass, a block keeps 16 n_embd numbers per token:
+# For the backward pass, a block keeps 16 x n_embd numbers per token:
 # layer norms 4, queries, keys and values 3, attention output 1, GELU 8.
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
@@ -94,7 +94,7 @@ def estimate_run(
     optimizer: str,
     settings: Estimate,
 ) -> dict[str, Any]:
-    """Return the estimate of one run; `epochs` is null if `train_tokens` is None."""
+    """Return the estimate of one run: key -> value. The value of `epochs` is None without `train_tokens`."""
     run = run_of(model, training)
     flops_each = flops_per_token(model, training if isinstance(training, Training) else None)
     flops = {key: value * run.tokens for key, value in flops_each.items()}
@@ -158,7 +158,7 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
     speed = measure_flops()
     minutes = sum(training_minutes(params, speed) for params in runs)
     baseline = runs[0].baseline
-    # Baselines of other kinds are scored in seconds.
+    # Baselines of these kinds can take minutes or hours; the others take seconds.
     slow = [name for name in baseline.names if baseline.specs[name].kind in ("gguf", "folder", "hub")]
     return [
         f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
@@ -201,7 +201,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     unknown = f"unknown: only the pipeline counts the tokens of the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
-    counted = "with attention; of the output layer only the sampled part"
+    counted = "with attention, and only the computed part of the output layer"
     yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
@@ -230,12 +230,12 @@ def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "loss expected", "nats per token"
     yield from _interval_rows("the fixed rule", found["expected_loss"])
     yield "", f"      checked on {of} measured runs, each predicted from the others: the 80 % interval"
-    yield "", f"      contained {low} of {of}, the 95 % interval {high}, so these intervals are {verdict}"
+    yield "", f"      contained {low} of the losses, the 95 % interval {high}: the intervals are {verdict}"
     yield from _interval_rows("the fixed rule, calibrated", found["calibrated_loss"])
     if sweep and sweep["expected_loss"]:
         yield from _interval_rows("the law of our sweep", sweep["expected_loss"])
     elif sweep:
-        yield "  the law of our sweep", f"does not apply: the sweep has another {', '.join(sweep['differs'])}"
+        yield "  the law of our sweep", f"does not apply: the sweep differs in {', '.join(sweep['differs'])}"
 
 
 def _interval_rows(name: str, loss: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ class ParameterCounts:
 def count_parameters(model: Model) -> ParameterCounts:
     """Return the parameter counts of nanoGPT's architecture with a tied head (nanoGPT, model.py)."""
     C = model.n_embd
-    # With `bias`, the linear layers of a block have 9 C biases, and its layer norms have 2 C.
+    # If `bias` is true, a block has 9 C biases in its linear layers, and 2 C in its layer norms.
     block = 12 * C * C + 2 * C + (11 * C if model.bias else 0)
     final_norm = 2 * C if model.bias else C
     non_embedding = model.n_layer * block + final_norm

@@ -1,4 +1,4 @@
-"""Published scaling laws, and the rule `expect_loss`, which predicts the loss of a run from them.
+"""Published scaling laws, and the rule `expect_loss`, which predicts the loss of a run from these laws.
 
 The rule uses reference runs with a measured loss: `estimate.anchors` in params.yaml.
 """
@@ -56,11 +56,14 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 
 
 def kaplan_loss(run: Run) -> float:
-    """Return (Nc / N)^aN + (Sc / S)^aS for N parameters and S steps (Kaplan et al. 2020, 1.4 and 1.6)."""
+    """Return the loss (Nc / N)^aN + (Sc / S)^aS (Kaplan et al. 2020, equations 1.4 and 1.6).
+
+    N is the number of parameters; with an infinite batch, S steps are enough. `KAPLAN` has the constants.
+    """
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
     loss: float = size_term + 1
-    for _ in range(200):  # damped fixed-point iteration: the critical batch size depends on the loss
+    for _ in range(200):  # damped fixed-point iteration: loss and critical batch size depend on each other
         critical_batch = k["Bstar"] / loss ** (1 / k["aB"])  # tokens
         smallest_steps = run.max_steps / (1 + critical_batch / run.tokens_per_step)
         loss = 0.5 * loss + 0.5 * (size_term + (k["Sc"] / smallest_steps) ** k["aS"])
@@ -114,8 +117,8 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals, in nats per token.
 
-    Scales each law to the reference run that is nearest in compute. The 80 % interval is the widened range
-    of the laws.
+    Each law predicts a loss, scaled to the reference run that is nearest in compute. The 80 % interval is
+    the range of these losses, widened.
     """
     # Powers of ten between the FLOPs of two runs, rounded: the last bits must not decide which is nearest.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
@@ -124,7 +127,7 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
     losses = [min(law.loss_through(nearest, run), guess) for law in LAWS]
     low, high = min(losses), max(losses)
     largest = max(anchors, key=lambda anchor: anchor.flops)
-    # The laws' error on the largest measured run shows how far to trust them.
+    # Widen the intervals at least by the largest error of the laws on the largest reference run.
     miss = max(abs(law.loss(largest) - largest.loss) for law in LAWS)
     width = miss * max(1.0, distances[nearest.name])
 
@@ -151,7 +154,7 @@ class Calibration:
     checks: tuple[dict[str, Any], ...]  # one row of reports/estimate.json for each measured run
 
     def factor(self, share: float) -> float:
-        """Return the factor that scales the 80 % interval until it contains a share of the measured losses.
+        """Return the factor that scales the 80 % interval until it contains `share` of the measured losses.
 
         Source: split conformal prediction (Papadopoulos et al. 2002).
         """
@@ -160,7 +163,7 @@ class Calibration:
         return float(ordered[min(rank, len(ordered)) - 1])
 
     def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
-        """Return the loss that `expect_loss` predicts, with its intervals scaled by `factor`."""
+        """Return the result of `expect_loss`, with each interval scaled by the method `factor`."""
         rule = expect_loss(run, optimizer, vocab_size, self.anchors)
         middle, half = _middle_and_half(rule)
         half_80, half_95 = half * self.factor(0.80), half * self.factor(0.95)

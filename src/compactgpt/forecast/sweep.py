@@ -44,12 +44,12 @@ class SweepRun(Run):
     seed: int
     optimizer: Literal["adamw", "muon"]
     train_loss: float | None = None  # nats per token, the mean of the last steps
-    loss: float  # nats per token, of all scored tokens of the val split
+    loss: float  # mean over all scored tokens of the val split, in nats per token
     nats: tuple[float, ...] = ()  # total loss of each document, in the order of the val split
 
 
 class ScoredDocuments(Section):
-    """The scored documents, in the order of the val split."""
+    """The val documents that each run of a sweep scored, in the order of the val split."""
 
     ids_sha256: Sha256  # hash of the documents' ids and numbers of tokens, see `documents_sha256`
     tokens: tuple[int, ...]  # number of scored tokens of each document
@@ -61,17 +61,17 @@ class Fit(Section):
 
     form: FormName
     constants: tuple[float, ...]
-    draws: tuple[tuple[float, ...], ...]  # the constants of each bootstrap resample
+    draws: tuple[tuple[float, ...], ...]  # constants fitted to each bootstrap resample of the runs
     # log(measured / predicted loss) of the largest runs, predicted by a fit to the smaller runs
     misses: tuple[float, ...]
-    errors: dict[FormName, float]  # form -> root mean square of its misses
+    errors: dict[FormName, float]  # form -> root mean square of the form's misses
 
 
 class Sweep(Section):
     """The content of results/<sweep>.json: the runs of a sweep, and the law fitted to them."""
 
-    corpus: dict[str, Any]  # the result of `corpus_settings`
-    settings: dict[str, Any]  # the result of `recipe`
+    corpus: dict[str, Any]  # settings that determine the text, see `corpus_settings`
+    settings: dict[str, Any]  # settings that affect the loss, see `recipe`
     data_sha256: Sha256  # hash of the token file of the val split
     train_tokens: int
     val_tokens: int  # number of scored tokens
@@ -89,7 +89,7 @@ class Form:
     """
 
     formula: str
-    factors: Callable[[float, float], list[list[float]]]  # log N, log D -> weights, (terms, constants)
+    factors: Callable[[float, float], list[list[float]]]  # (log N, log D) -> weights (terms, constants)
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
@@ -101,17 +101,17 @@ class Form:
 
 
 FORMS: dict[FormName, Form] = {
-    "floor": Form(  # constants: log E, log A, a, log B, b
+    "floor": Form(  # order of the constants: log E, log A, a, log B, b
         "E + A / N^a + B / D^b",
         lambda n, d: [[1, 0, 0, 0, 0], [0, 1, -n, 0, 0], [0, 0, 0, 1, -d]],
         ((0.5, 5.0, 0.34, 5.0, 0.28), (1.0, 3.0, 0.2, 8.0, 0.7), (1.3, 1.0, 0.1, 10.0, 1.0)),
     ),
-    "sum": Form(  # constants: log A, a, log B, b
+    "sum": Form(  # order of the constants: log A, a, log B, b
         "A / N^a + B / D^b",
         lambda n, d: [[1, -n, 0, 0], [0, 0, 1, -d]],
         ((3.0, 0.1, 5.0, 0.4), (6.0, 0.34, 6.0, 0.28)),
     ),
-    "product": Form(  # constants: log A, a, b
+    "product": Form(  # order of the constants: log A, a, b
         "A / (N^a D^b)",
         lambda n, d: [[1, -n, -d]],
         ((3.0, 0.05, 0.1),),
@@ -155,7 +155,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
     if not misses:
         raise BadData(f"{len(runs)} runs are too few for a scaling law: run 3 sizes with 3 budgets each")
-    # `hypot` is the root of the sum of squares.
+    # Root mean square of the misses: `hypot` returns the root of the sum of squares.
     errors = {name: _rounded(math.hypot(*found) / math.sqrt(len(found))) for name, found in misses.items()}
     chosen = min(errors, key=lambda name: errors[name])
     form = FORMS[chosen]
@@ -211,7 +211,7 @@ def read_sweep(path: Path) -> Sweep | None:
 
 
 def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
-    """Return a hash that is equal if two runs scored the same documents."""
+    """Return a hash of the documents' ids and numbers of scored tokens, to compare what two runs scored."""
     return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
@@ -246,7 +246,7 @@ def recipe(params: Params) -> dict[str, Any]:
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     """Return the section `ladder` of reports/estimate.json.
 
-    `expected_loss` is null if text or settings differ from the sweep's; `differs` names the differences.
+    `expected_loss` is null if text or settings of `params` differ from the sweep's; `differs` has their keys.
     """
     fit, run = sweep.fit, run_of(params.model, params.training)
     if fit is None:
@@ -283,6 +283,6 @@ def fit_sweep(path: Path, params_file: Path) -> str:
     lines.append(
         f"the configured run: {loss['value']:.3f} ({loss['low_95']:.3f} to {loss['high_95']:.3f}, 95 %)"
         if loss
-        else f"no prediction for the configured run, which has another {', '.join(report['differs'])}"
+        else f"no prediction: the configured run differs from the sweep in {', '.join(report['differs'])}"
     )
     return "\n".join(lines)
