@@ -119,7 +119,10 @@ class Model:
     def score(
         self, text: str | Sequence[str], *, window: int | None = None, progress: Progress = silent
     ) -> Score:
-        """Return the loss, perplexity and bits per byte of one or more documents."""
+        """Return the loss, perplexity and bits per byte of one or more documents.
+
+        A neural model sees at most `window` tokens before each predicted token. Default: `self.window`.
+        """
         from compactgpt.evaluation.likelihood import evaluate
         from compactgpt.evaluation.totals import figures
 
@@ -213,8 +216,8 @@ def _load_folder(name: str, folder: Path) -> Model:
 
 
 def _load_tokenizer(model: Path) -> "tiktoken.Encoding":
-    """Return the tokenizer of the model's project, of the current folder, or of the model's folder."""
-    project = model.absolute().parent.parent  # for a model in PROJECT/models/compact
+    """Return the first tokenizer found in the model's project, the current folder or the model's folder."""
+    project = model.absolute().parent.parent  # PROJECT, if the model is PROJECT/models/compact
     for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():
             return load_encoding(folder)

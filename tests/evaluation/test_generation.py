@@ -115,7 +115,7 @@ def test_documents_are_continued_beside_their_own_human_text(tmp_path, model, en
     assert "top-k 5 at temperature 0.8, *nucleus* is top-p 0.9, seed 3" in page
     assert (page.count("```"), page.count("## ")) == (12, 2)
     short = save_split(tmp_path / "short.tokens", encoding, texts=["a", "b"])
-    with pytest.raises(BadConfig, match="has 0 documents of 10 tokens"):
+    with pytest.raises(BadConfig, match="has 0 documents of at least 10 tokens"):
         generation.choose_prompts(TEXT, short, encoding)
 
 

@@ -1,6 +1,6 @@
 """Load the baselines of params.yaml: n-gram models, compressors and transformers models.
 
-A model whose tokenizer is not GPT-2's scores the same text, cut by `OwnTokens`.
+All models score the same text. `OwnTokens` cuts windows for tokenizers other than GPT-2's.
 """
 
 import inspect
@@ -98,7 +98,7 @@ def _prepare_transformers(runtime: config.Runtime) -> None:
     from transformers.utils import logging
 
     prepare_process(runtime.num_threads)
-    logging.set_verbosity_error()  # this project shows its own progress and errors
+    logging.set_verbosity_error()  # no warnings: this project shows its own messages
     logging.disable_progress_bar()
 
 
@@ -205,14 +205,14 @@ class OwnTokens:
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
         """Yield windows that each cover as much text as `window` GPT-2 tokens."""
         for document in range(split.header.documents):
-            before = self.codec.first_token  # later: the last token of the previous window
+            before = self.codec.first_token  # of the first window; then the previous window's last token
             for span in text_spans(split, self.encoding, document, window):
                 stream = np.array([before, *self._encode(split, document, span)], np.int64)
                 yield Window(document, stream[:-1], stream[1:])
                 before = int(stream[-1])
 
     def streams(self, split: TokenFile) -> Iterator[Stream]:
-        """Yield the index of each document, and its tokens after the start token."""
+        """Yield each document's index and tokens. The first token is the start token."""
         for document in range(split.header.documents):
             text = document_text(split, self.encoding, document).decode()
             ids = self._encode(split, document, text) if text else []
@@ -260,7 +260,7 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
     """Return end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`."""
-    # End-of-text is first, because BOS begins a message in a chat model, not a document.
+    # End-of-text is preferred, because BOS begins a message in a chat model, not a document.
     # With BOS, SmolLM2-135M-Instruct has 20 nats more on a document's first 128 tokens.
     first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
@@ -304,7 +304,7 @@ def read_gguf(path: Path) -> LoadedModel:
                 "'smollm') can be read: use the model's folder in Hugging Face format, or the hub"
             )
         loaded = _load(path.parent, gguf_file=path.name)
-        # llama.cpp's `smollm` splits numbers into digits. The tokenizer from transformers does not.
+        # Replace the pre-tokenizer from transformers: llama.cpp's `smollm` splits numbers into digits.
         loaded.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -329,7 +329,7 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder, dtype="float32", output_loading_info=True, **options
     )
-    if missing := sorted(loading["missing_keys"]):  # transformers would give these weights random values
+    if missing := sorted(loading["missing_keys"]):  # refused: transformers would give random values
         raise ValueError(f"the weight files lack {', '.join(missing[:5])}")
     first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     plain = tokenizer.backend_tokenizer

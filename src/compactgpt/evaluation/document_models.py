@@ -113,7 +113,7 @@ class _Order:
     # The context of an n-gram is the n-gram without its last token.
     keys: Ids  # (K,), in ascending order
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
-    backoff: Floats  # (contexts,), the discounts of a context / its total count; 1 for a total of 0
+    backoff: Floats  # (contexts,), a context's summed discounts / its total count; 1 if the count is 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class NgramModel:
         `stream`, (T + 1,), is end-of-text and the document's tokens.
         """
         found = self.unigrams[stream[1:]]
-        contexts = stream[:-1]  # id of each token's context; -1 if it is not in the train split
+        contexts = stream[:-1]  # id of each token's context; -1 for a context that the train split lacks
         for order in self.orders:
             if not len(contexts):
                 break
@@ -168,9 +168,9 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     # A suffix is the n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
-        # An n-gram may begin with the end-of-text before its document, but not earlier.
+        # An n-gram may begin with the end-of-text before its document, but has no token of another document.
         ends = np.flatnonzero(positions >= length - 1) + 1
-        if not len(ends):  # all documents have fewer tokens than the n-gram
+        if not len(ends):  # no document is long enough for an n-gram of this length
             break
         keys, inverse, occurrences = np.unique(
             ids[ends - 1] * V + stream[ends], return_inverse=True, return_counts=True
@@ -184,9 +184,9 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     contexts = V  # number of n-grams that are one token shorter
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
-            # The count of a shorter n-gram is the number of different tokens before it.
+            # Kneser-Ney: the count of a shorter n-gram is the number of different tokens that precede it.
             before = np.bincount(found[place + 1][2], minlength=len(keys))
-            # An n-gram that begins with end-of-text has no token before it: it counts its occurrences.
+            # No token precedes an n-gram that begins with end-of-text: its number of occurrences is kept.
             counts[before > 0] = before[before > 0]
         orders.append(_Order(keys, *_discount(counts, keys // V, contexts)))
         contexts = len(keys)
@@ -194,13 +194,13 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     return NgramModel(weights + backoff / V, orders, int(offsets[-1]))
 
 
-def _discount(counts: Ids, contexts: Ids, size: int) -> tuple[Floats, Floats]:
-    """Return `weights` and `backoff` of an `_Order`; `size` is the number of contexts."""
+def _discount(counts: Ids, context_ids: Ids, num_contexts: int) -> tuple[Floats, Floats]:
+    """Return `weights` and `backoff` of an `_Order`, from each n-gram's count and context id, (K,)."""
     discounts = _discounts_of(counts)[np.minimum(counts, 3)]  # (K,)
-    totals = np.bincount(contexts, counts, size)
-    removed = np.bincount(contexts, discounts, size)
-    backoff = np.divide(removed, totals, out=np.ones(size), where=totals > 0)
-    return (counts - discounts) / np.maximum(totals, 1)[contexts], backoff
+    totals = np.bincount(context_ids, counts, num_contexts)
+    removed = np.bincount(context_ids, discounts, num_contexts)
+    backoff = np.divide(removed, totals, out=np.ones(num_contexts), where=totals > 0)
+    return (counts - discounts) / np.maximum(totals, 1)[context_ids], backoff
 
 
 def _discounts_of(counts: Ids) -> Floats:
@@ -211,4 +211,4 @@ def _discounts_of(counts: Ids) -> Floats:
         found = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
         if (found >= 0).all():
             return found
-    return np.array([0.0, 0.5, 1.0, 1.5])  # as in KenLM, if a tiny corpus has too few n-grams
+    return np.array([0.0, 0.5, 1.0, 1.5])  # KenLM's values for a corpus that is too small for the formula

@@ -81,7 +81,7 @@ def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: st
         found = probabilities(logits)  # (V,)
         bounds = np.cumsum(found)
         token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
-        # Rounding can select a token after the last token with a probability above 0.
+        # Rounding could select a token of probability 0 after the last possible token: `min` prevents this.
         return min(token, int(np.flatnonzero(found)[-1]))
 
     return sample
@@ -163,11 +163,11 @@ def choose_prompts(
     long_enough = np.flatnonzero(np.diff(split.offsets) - 1 >= needed)
     if len(long_enough) < 2:
         raise BadConfig(
-            f"{split.path} has {len(long_enough)} documents of {needed} tokens, but text statistics need 2: "
-            "lower evaluation.text.prompt_tokens or max_new_tokens"
+            f"{split.path} has {len(long_enough)} documents of at least {needed} tokens, but text statistics "
+            "need 2: lower evaluation.text.prompt_tokens or max_new_tokens"
         )
     chosen = np.linspace(0, len(long_enough) - 1, min(text.documents, len(long_enough))).astype(int)
-    # The prompts of params.yaml are from no document.
+    # A prompt of params.yaml has no document.
     samples: list[dict[str, Any]] = [{"prompt": prompt, "document": None} for prompt in text.prompts]
     human = []
     for document in long_enough[chosen].tolist():
@@ -187,7 +187,7 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    Its statistics compare continuations of documents with human text of the same length.
+    The report's statistics compare continuations with human text, both cut at `text.max_new_tokens`.
     """
     samples, human = choose_prompts(text, split, encoding)
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]

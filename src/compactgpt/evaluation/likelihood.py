@@ -45,7 +45,7 @@ Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """A model's per-document losses, in the split's order."""
+    """A model's losses, one per document, in the order of the documents in the split."""
 
     nats: Floats  # (documents,), negative log-likelihood of each document
     own_tokens: Counts | None  # (documents,), tokens of the model's tokenizer; None without a tokenizer
@@ -121,7 +121,7 @@ class NeuralModel:
         nats, own_tokens = np.zeros(documents), np.zeros(documents, np.int64)
         buckets = (self.block_size - 1).bit_length() + 1
         positions = Positions(np.zeros((documents, buckets)), np.zeros((documents, buckets), np.int64))
-        lengths = np.diff(split.offsets) - 1  # (documents,), without end-of-text
+        lengths = np.diff(split.offsets) - 1  # (documents,), number of tokens without end-of-text
         num_windows = int(np.sum(-(-lengths // stride)))
         for done, (scored, values) in enumerate(target_nats(self, windows), 1):
             nats[scored.document] += values.sum()
@@ -142,7 +142,7 @@ class DocumentModel:
     """A model that scores each complete document, without windows."""
 
     facts: Mapping[str, Any]  # facts for the report: kind, num_params and context
-    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> its nats
+    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> the document's nats
     reads_tokens: bool  # False for a compressor, which reads bytes
 
     def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
@@ -167,7 +167,7 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
 
-        log_probabilities = torch.log_softmax(logits, 1, out=logits)  # (N, V), in the memory of the logits
+        log_probabilities = torch.log_softmax(logits, 1, out=logits)  # (N, V), overwrites the logits
         return -log_probabilities.gather(1, targets[:, None])[:, 0]  # (N,)
 
     return score_targets(model, windows, score)
@@ -182,7 +182,7 @@ def score_targets(
     """
     remaining = iter(windows)
     while group := list(islice(remaining, SORTED_WINDOWS)):
-        group.sort(key=lambda window: -len(window.tokens))  # the longest first
+        group.sort(key=lambda window: -len(window.tokens))  # `_score_batch` needs the longest first
         if len(group[0].tokens) > model.block_size:
             raise BadConfig(
                 f"a window of {len(group[0].tokens):,} tokens does not fit the model's context of "
@@ -224,13 +224,13 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
     return np.split(values, np.cumsum([len(window.targets) for window in batch])[:-1])
 
 
-# --- the split that is scored, and the report
+# --- preparing the documents to score, and reporting their losses
 
 
 def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
     """Return a token file in memory that has the tokenizer of `split` and other documents.
 
-    A row has a document's id, length in bytes and tokens.
+    A row is (document id, length in bytes, tokens).
     """
     tokenizer = split.header.model_dump(include={"vocab_size", "eot_token", "tokenizer_sha256"})
     return pack_documents(split.path, rows, **tokenizer)
@@ -247,7 +247,7 @@ def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Li
 
     No document ends inside a UTF-8 character.
     """
-    # A very long document would dominate the metrics.
+    # Without the limit, a very long document would dominate the metrics.
     limit = likelihood.document_tokens
     if limit is None:
         return split
@@ -265,7 +265,7 @@ def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Li
 
 
 def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
-    """Return the UTF-8 text of a document. Raises BadData if another encoding made the token file."""
+    """Return a document's UTF-8 text. Raises BadData if `split` has a tokenizer other than `encoding`."""
     text = encoding.decode_bytes(split.document(document).tolist())
     if len(text) != split.byte_lengths[document]:
         raise BadData(
@@ -284,7 +284,8 @@ def evaluate(
 ) -> Totals:
     """Return a model's per-document losses on a split.
 
-    Raises BadData for an empty split or another encoding, and NotFinite for an infinite or NaN loss.
+    Raises BadData if the split is empty or has a tokenizer other than `encoding`.
+    Raises NotFinite for an infinite or NaN loss.
     """
     tokens = np.diff(split.offsets) - 1
     if not tokens.sum():
@@ -296,13 +297,13 @@ def evaluate(
         context, _ = model.view_sizes("own", likelihood)
         is_scored = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
-            if view == "own" and is_scored:  # `scores` was computed with the same windows
+            if view == "own" and is_scored:  # no second pass: `scores` used this view's windows
                 views[view] = scores.nats
             else:
                 views[view] = model.score_view(split, view, likelihood, progress).nats
     for nats in (scores.nats, *views.values()):
         if not np.isfinite(nats).all():
-            document = int(np.isfinite(nats).argmin())  # the first document with a broken loss
+            document = int(np.isfinite(nats).argmin())  # the first document with an infinite or NaN loss
             raise NotFinite(
                 f"document {split.document_ids[document]} of {split.path} got {nats[document]} nats: the "
                 "model's weights or arithmetic are broken. Train again, or get the weights again"

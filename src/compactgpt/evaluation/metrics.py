@@ -39,7 +39,7 @@ def perplexity(nats_per_token: float) -> float:
 
 
 def finite_or_none(value: float) -> float | None:
-    """Return the value; None if the value is infinite, which JSON can't store."""
+    """Return the value; None if the value is infinite or NaN, which JSON can't store."""
     return value if math.isfinite(value) else None
 
 
@@ -67,7 +67,7 @@ def t_quantile(probability: float, degrees: float) -> float:
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test (1947) that two accuracies are equal.
+    """Return the p-value of McNemar's exact two-sided test (1947). Null hypothesis: equal accuracies.
 
     The arguments count the items that only one of the two models answers correctly.
     """
@@ -76,7 +76,7 @@ def mcnemar(only_one: int, only_other: int) -> float:
 
 
 def mcnemar_one_sided(lost: int, won: int) -> float:
-    """Return the one-sided p-value of McNemar's exact test (1947) that the accuracy did not fall.
+    """Return the p-value of McNemar's exact one-sided test (1947). Null hypothesis: no fall in accuracy.
 
     Only the old model answers `lost` items correctly, and only the new model `won` items.
     """
@@ -89,13 +89,13 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
 
     For one document, the limits are equal to the ratio.
     """
-    # In simulations, a bootstrap's interval contains the true ratio less often: benchmarks/intervals.py.
+    # In the simulation benchmarks/intervals.py, a percentile bootstrap misses the true ratio more often.
     n, total, size = len(numerator), numerator.sum(), denominator.sum()
     ratio = float(total / size)
     if n == 1:
         return Interval(ratio, ratio, ratio)
     without_one = (total - numerator) / (size - denominator)  # (documents,)
-    # The population standard deviation x sqrt(n - 1) is the jackknife's standard error.
+    # Standard error of the jackknife: population standard deviation of `without_one` x sqrt(n - 1).
     reach = t_quantile((1 + confidence) / 2, n - 1) * math.sqrt(n - 1) * float(without_one.std())
     return Interval(ratio, ratio - reach, ratio + reach)
 
@@ -103,6 +103,6 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
 def perplexity_ratio(nats: Array, other_nats: Array, tokens: Array) -> Interval:
     """Return the first model's perplexity / the second's, with a paired 95 % interval.
 
-    All arrays are (documents,). The interval is that of the differences of the nats.
+    All arrays are (documents,). Paired: the interval uses each document's difference of the two losses.
     """
     return ratio_interval(nats - other_nats, tokens).map(perplexity)

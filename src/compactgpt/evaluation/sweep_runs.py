@@ -93,12 +93,12 @@ class SweepRunner:
         self.params, self.folder = params, folder
         self.splits, self.encoding = open_splits(DATA / "tokens"), load_encoding(DATA / "tokenizer")
         self.scored = scored_split(self.splits.val, self.encoding, params.evaluation.likelihood)
-        self.tokens = (np.diff(self.scored.offsets) - 1).tolist()  # scored tokens of each val document
+        self.tokens = (np.diff(self.scored.offsets) - 1).tolist()  # number of scored tokens per val document
         names = [name for group in row_groups(DATA / "documents") for name in read_names(group)]
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the sweep in `path`; an empty sweep if the file has another corpus or other settings."""
+        """Return the sweep in `path`, or an empty sweep if the corpus or settings are not the runner's."""
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),
@@ -143,7 +143,7 @@ class SweepRunner:
                     f"train_source: no document is from {sweep.train_source!r}: correct the experiment's file"
                 )
             return chosen
-        if sweep.train_documents:  # spread evenly over the split
+        if sweep.train_documents:  # choose documents evenly over the split
             return [int(index) for index in np.linspace(0, len(ids) - 1, sweep.train_documents)]
         return []
 

@@ -1,6 +1,6 @@
 """Run tasks with a neural model: predict the last word of a passage, and score WikiText.
 
-`run_tasks` and `score_wikitext` explain each score.
+Comments in `run_tasks` and `score_wikitext` define the scores.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Item:
 def fetch_source(source: Source) -> Path:
     """Return the path of a task's file, which is local or from the hub.
 
-    Raises BadData if the file's SHA-256 is not that of params.yaml.
+    Raises MissingInput for a missing file, and BadData for a SHA-256 other than that in params.yaml.
     """
     if source.path is None:
         advice = "set a local path in evaluation.tasks"
@@ -69,7 +69,7 @@ def fetch_source(source: Source) -> Path:
     else:
         path = Path(source.path)
         if not path.is_file():
-            raise MissingInput(f"{path} is missing: correct its path in evaluation.tasks, or set it to null")
+            raise MissingInput(f"{path} is missing: correct the path in evaluation.tasks, or remove the task")
     found = sha256_file(path)
     if found != source.sha256:
         raise BadData(
@@ -98,13 +98,13 @@ def read_lambada(path: Path) -> list[Item]:
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
     """Return at most `cloze_items` passages whose last word occurs earlier in the passage.
 
-    In LAMBADA, this is true for four of five passages.
+    In LAMBADA, four of five passages repeat a word in this way.
     """
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    turns = zip_longest(*candidates)  # each turn has an item, or None, for each document
+    turns = zip_longest(*candidates)  # turn n has item n of each document, or None
     items = (item for turn in turns for item in turn if item is not None)
     return list(islice(items, settings.cloze_items))
 
@@ -117,7 +117,7 @@ def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
 
     used = set()
     for match in sorted(_WORD.finditer(text), key=order):
-        start = text.find(" ", max(0, match.start() - characters)) + 1  # the first word must be complete
+        start = text.find(" ", max(0, match.start() - characters)) + 1  # begin with a complete word
         context, word = text[start : match.start()], match[1]
         if len(context) < characters / 2 or word in used:
             continue
@@ -140,7 +140,8 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
     """Return the scores of each passage's last word, (tokens of the word, 3).
 
-    Column 0: nats. Column 1: 1 if the token is the most probable. Column 2: the same without STOP_WORDS.
+    Column 0: nats. Column 1: 1 if the token is the most probable, else 0.
+    Column 2: 1 if the token is the most probable after STOP_WORDS are excluded, else 0.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -290,7 +291,7 @@ def run_tasks(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report."""
-    tasks = {"cloze": make_cloze(split, encoding, settings)}  # empty if no document repeats a word
+    tasks = {"cloze": make_cloze(split, encoding, settings)}  # no items if no document repeats a word
     # `lambada_word` is lambada_openai of lm-evaluation-harness: OpenAI's text of LAMBADA.
     # `lambada_original` has the text of LAMBADA's authors (Paperno et al. 2016).
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
@@ -305,7 +306,7 @@ def run_tasks(
             is_right = np.array([each[:, 1].all() for each in scores])
             report[name] = answer_figures(items, nats, is_right)
             if name == "lambada_word":
-                # Radford et al. 2019, section 3.3: only the last token counts, and stop words are excluded.
+                # As in Radford et al. 2019, section 3.3: check only the last token, without stop words.
                 last_nats = np.array([each[-1, 0] for each in scores])
                 is_last_right = np.array([each[-1, 2] > 0 for each in scores])
                 report["lambada_last_token"] = answer_figures(items, last_nats, is_last_right)

@@ -37,7 +37,7 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float | None:
 
 
 def seq_rep_4(texts: Sequence[Tokens]) -> float | None:
-    """Return the share of 4-grams that occur earlier in the same text."""
+    """Return the share of 4-grams that occur earlier in the same text, or None without 4-grams."""
     found = [_ngrams(text, 4) for text in texts]
     total = sum(map(len, found))
     return 1 - sum(len(set(grams)) for grams in found) / total if total else None
@@ -70,10 +70,11 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
     """Return `figure(texts)` with its 95 % jackknife interval (Efron and Stein 1981).
 
-    The limits are cut at 0 and `highest`. Returns None for one text, or if `figure` does.
+    The limits are cut at 0 and `highest`. Returns None for fewer than two texts, or if `figure` returns
+    None for all texts or for all texts but one.
     """
     value, n = figure(texts), len(texts)
-    # The jackknife draws no text twice. A bootstrap does, and counts the copies as repetition.
+    # Not a bootstrap, which draws texts twice: the metrics would count the copies as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
     if value is None or len(known) < n or n < 2:  # one text gives no variance
@@ -93,7 +94,7 @@ def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[st
     found = {name: jackknife(texts, figure, highest=1.0) for name, figure in shares.items()}
     found["zipf"] = jackknife(texts, zipf)
     found["tokens"] = jackknife(texts, lambda some: sum(map(len, some)) / len(some) if some else None)
-    # Each text counts as 0 or 1: the interval is that of a share.
+    # `loop_rate` and `ended` are shares of texts, so they have Wilson intervals.
     found["loop_rate"] = wilson(sum(map(ends_in_loop, texts)), len(texts))
     if ended is not None:
         found["ended"] = wilson(sum(ended), len(ended))

@@ -33,12 +33,12 @@ class Positions:
 
 @dataclass(frozen=True)
 class Totals:
-    """The losses and sizes of all documents, in the split's order."""
+    """The losses and sizes of all documents, in the order of the documents in the split."""
 
     ids: list[str]  # the id of each document, in hexadecimal digits
     bytes: Counts  # (documents,), bytes of UTF-8 text
     tokens: Counts  # (documents,), scored tokens, in the token file's tokenizer
-    own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer; None without one
+    own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer; None for compressors
     nats: Floats  # (documents,), negative log-likelihood of each document
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
     # Name of a view, such as `strided` -> each document's loss, (documents,)
@@ -66,15 +66,15 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
         "bits_per_byte": asdict(nats_per(totals.bytes).map(lambda nats: bits_per_byte(nats, 1))),
         "word_perplexity": None,
     }
-    if totals.words is not None and totals.words[scored].all():  # a document of only white space has no words
+    if totals.words is not None and totals.words[scored].all():  # None if a document has only white space
         found["word_perplexity"] = nats_per(totals.words).map(perplexity).as_report()
     return found
 
 
 def by_position(positions: Positions) -> list[dict[str, Any]]:
-    """Return a row for each bucket of `Positions` that has tokens.
+    """Return the report's row for each bucket of `Positions` that has tokens.
 
-    The loss is in nats per token of the model's tokenizer.
+    A row's loss is in nats per token of the model's tokenizer.
     """
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
