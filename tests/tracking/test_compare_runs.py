@@ -77,7 +77,7 @@ def test_other_documents_are_not_paired_and_uncommitted_changes_are_named(root):
     (root / "dvc.yaml").write_text("stages: {evaluation: {cmd: other}}")
     found = compare("HEAD~1", "workspace", root)
     assert found.ratios == {}
-    assert found.unpaired == ["compact: the documents of the val split are not the same"]
+    assert found.unpaired == ["compact: no ratio, because the documents of the val split differ"]
     assert found.code.endswith("workspace had uncommitted changes: dvc.yaml")
 
 

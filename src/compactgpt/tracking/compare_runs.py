@@ -15,24 +15,24 @@ from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import Pair, Version, changed_environment, differing, find_version
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
-# The numbers to compare have these keys, or keys that end in one of _LOSSES.
+# A number in a report is compared if its key is in _FIGURES or ends in one of _LOSSES.
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The differences between versions A and B. A `Pair` has the two values."""
+    """The differences between versions A and B. A `Pair` has the value in A and the value in B."""
 
     a: str  # the name of version A
     b: str  # the name of version B
-    params: dict[str, Pair]  # dotted key of params.yaml -> the two values
-    data: dict[str, Pair]  # path of data or of a model -> the two MD5 hashes
-    code: str  # the changed files, from `git diff --stat`
-    environment: dict[str, Pair]  # package or machine fact -> the two versions or values
-    metrics: dict[str, Pair]  # model and metric, such as `xz: loss` -> the two values
+    params: dict[str, Pair]  # dotted key in params.yaml -> the values in A and B
+    data: dict[str, Pair]  # path of the corpus or of an output -> the MD5 in A and in B
+    code: str  # the result of `_changed_code`; empty if no file differs
+    environment: dict[str, Pair]  # package or machine fact -> the values in A and B
+    metrics: dict[str, Pair]  # model and metric, such as `xz: loss` -> the values in A and B
     ratios: dict[str, Interval]  # model -> perplexity in B / perplexity in A, on the same documents
-    unpaired: list[str]  # a sentence for each model that has no ratio
+    unpaired: list[str]  # for each model of A and B without a ratio, a sentence with the reason
 
     def lines(self) -> list[str]:
         """Return the differences as lines for the terminal."""
@@ -60,7 +60,7 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Return the differences between two versions, which `find_version` finds by name."""
+    """Return the differences between the versions named `first` and `second`, as in `find_version`."""
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(scratch))
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
@@ -107,7 +107,7 @@ def _figures(version: Version) -> dict[str, Any]:
 
 
 def _changed_code(a: Version, b: Version, root: Path) -> str:
-    """Return the output of `git diff --stat`, and the names of files with uncommitted changes."""
+    """Return the changed files as text: from `git diff --stat`, and those with uncommitted changes."""
     lines = []
     if a.commit and b.commit and a.commit != b.commit:
         paths = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
@@ -126,27 +126,28 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
 
 
 def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, Interval], list[str]]:
-    """Return the perplexity ratio of each model, and a sentence for each model without one."""
+    """Return model -> perplexity in B / perplexity in A, and a sentence for each model without a ratio."""
     ratios, unpaired = {}, []
     first, second = _read_losses(a, cache), _read_losses(b, cache)
     for model in (name for name in first if name in second):
         old, new = first[model], second[model]
         if old is None or new is None:
-            unpaired.append(f"{model}: no per-document losses in the run's files or in DVC's cache")
+            unpaired.append(f"{model}: no ratio, because DVC's cache lacks the losses per document of A or B")
         elif old.ids != new.ids or list(old.tokens) != list(new.tokens):
-            unpaired.append(f"{model}: the documents of the val split are not the same")
+            unpaired.append(f"{model}: no ratio, because the documents of the val split differ")
         else:
             ratios[model] = perplexity_ratio(new.nats, old.nats, new.tokens.astype(float))
     return ratios, unpaired
 
 
 def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
-    """Return a version's losses of each document, by model; None if they can't be found."""
+    """Return model -> losses per document; None if no file or cache has the losses of a model."""
     found: dict[str, Totals | None] = {}
     for out, md5 in all_outs(version.entries).items():
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
-        name = "compact.parquet" if out == "data/evaluation" else ""  # empty if the output is a file
+        # The output `data/evaluation` is a folder, and each output in data/baseline is a file.
+        name = "compact.parquet" if out == "data/evaluation" else ""
         path = Path(out, name)
         if isinstance(version.place, Folder) and (version.place.root / path).exists():
             found[path.stem] = read_totals(version.place.root / path)

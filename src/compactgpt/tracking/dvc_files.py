@@ -1,6 +1,6 @@
 """Read dvc.yaml, dvc.lock, params.yaml, and DVC's cache.
 
-Functions import DVC themselves, because the import takes half a second.
+Only functions that need DVC import it, because the import takes half a second.
 """
 
 import configparser
@@ -24,7 +24,7 @@ LOCK, PARAMS, STAGES = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
 CODE = ("src/", "stages/")  # the folders of the project's code
 Entry = dict[str, Any]  # what dvc.lock has for one stage: the command, deps, params and outs
-_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # a copy of dvc.lock, which `keep_lock` writes
+_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # the copy of dvc.lock that `keep_lock` writes
 # The name of a file or folder in DVC's cache: the MD5 of its content.
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _RESTORE_LOCK = f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it"
@@ -39,7 +39,7 @@ class Folder:
     root: Path
 
     def read(self, path: str) -> bytes | None:
-        """Return the content of a file, or None if it is missing."""
+        """Return the content of the file `path`, or None for a missing file."""
         try:
             return inside(self.root, path, follow=False).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -54,7 +54,7 @@ class Commit:
     revision: str  # the hash or the name of the commit
 
     def read(self, path: str) -> bytes | None:
-        """Return the content of a file, or None if it is missing."""
+        """Return the content of the file `path`, or None for a missing file."""
         with suppress(UserError):
             return run_git(self.root, "show", f"{self.revision}:{path}")
         return None
@@ -64,7 +64,7 @@ Place = Folder | Commit
 
 
 def commit_named(root: Path, name: str) -> str:
-    """Return the commit hash of a git revision or DVC experiment; empty if there is none."""
+    """Return the commit hash of a git revision or DVC experiment; empty for an unknown name."""
     # DVC names the commit of an experiment refs/exps/<2 digits>/<38 digits>/<experiment>.
     refs = git_text(root, "for-each-ref", "--format=%(refname)", f"refs/exps/**/{name}").split()
     revision = f"{(refs or [name])[0]}^{{commit}}"
@@ -74,9 +74,9 @@ def commit_named(root: Path, name: str) -> str:
 
 
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
-    """Parse dvc.yaml, dvc.lock or params.yaml. A missing file gives an empty dict.
+    """Parse the content of dvc.yaml, dvc.lock or params.yaml. None, a missing file, gives an empty dict.
 
-    Raises BadData if the file is not a YAML mapping.
+    `name` is the file's name for messages. Raises BadData if the file is not a YAML mapping.
     """
     from ruamel.yaml import YAML
 
@@ -135,7 +135,7 @@ def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tu
         ((variable, items),) = body["matrix"].items()
         if isinstance(items, str):  # a reference to params.yaml, such as `${baseline.names}`
             items = value_at(params, items.strip("${}"))
-        # The check of params.yaml reports a value that is no list.
+        # A value that is no list gives no stages: the check of params.yaml reports the error.
         for item in items if isinstance(items, list) else []:
             quoted = json.dumps(str(item))[1:-1]
             yield f"{name}@{item}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
@@ -154,15 +154,15 @@ def overlap(path: str, other: str) -> bool:
 
 
 def keep_lock(root: Path) -> None:
-    """Save a copy of dvc.lock. If DVC is killed, dvc.lock can be incomplete."""
+    """Save a copy of dvc.lock for `restore_lock`, because a killed DVC can leave dvc.lock incomplete."""
     if (root / LOCK).is_file():
         write_bytes(root / _LOCK_COPY, (root / LOCK).read_bytes())
 
 
 def restore_lock(root: Path) -> bool:
-    """Restore an incomplete dvc.lock, and return whether that was necessary.
+    """Replace an incomplete dvc.lock by the copy from `keep_lock`. Return False if dvc.lock is complete.
 
-    Raises BadData for merge conflicts or a missing copy.
+    Raises BadData for merge conflicts, or if there is no complete copy.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
     if not lock.exists() or _is_complete(lock.read_bytes()):
@@ -178,33 +178,33 @@ def restore_lock(root: Path) -> bool:
 def _is_complete(lock: bytes) -> bool:
     with suppress(BadData):
         entries_of(lock)
-        return "schema" in parse_yaml(lock, LOCK)  # an empty file is valid YAML, too, but lacks this key
+        return "schema" in parse_yaml(lock, LOCK)  # an empty dvc.lock lacks this key
     return False
 
 
 def entry_key(entry: Entry) -> str:
-    """Return the SHA-256 of all that dvc.lock has for a stage."""
+    """Return the SHA-256 of a stage's entry in dvc.lock: of its command, parameters and hashes."""
     content = json.dumps(entry, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def outs(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each output by path. The MD5 of a folder ends in `.dir`."""
+    """Return path -> MD5 for the outputs of a stage. The MD5 of a folder ends in `.dir`."""
     return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
 def all_outs(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Return the MD5 of each output of all stages, by path."""
+    """Return path -> MD5 for the outputs of all stages."""
     return {path: md5 for entry in entries.values() for path, md5 in outs(entry).items()}
 
 
 def deps(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each dependency by path. The MD5 of a folder ends in `.dir`."""
+    """Return path -> MD5 for the dependencies of a stage. The MD5 of a folder ends in `.dir`."""
     return {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
 
 
 def entry_params(entry: Entry) -> dict[str, Any]:
-    """Return the parameters that dvc.lock has for a stage, by dotted key."""
+    """Return the parameters in a stage's entry in dvc.lock, by dotted key."""
     return dict(entry.get("params", {}).get(PARAMS, {}))
 
 
@@ -219,13 +219,13 @@ def md5_of(content: bytes) -> str:
 
 
 def md5_file(path: Path) -> str:
-    """Return the MD5 of a file. The file may be larger than the memory."""
+    """Return the MD5 of a file, without reading the whole file into memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def md5_path(path: Path) -> str:
-    """Return the MD5 of a file or folder, as DVC computes it; empty if missing."""
+    """Return the MD5 of a file or folder, as DVC computes the MD5; empty for a missing path."""
     if path.is_file():
         return md5_file(path)
     if not path.is_dir():
@@ -245,7 +245,7 @@ def is_ignored(name: str) -> bool:
 
 
 class Cache:
-    """DVC's cache on this machine. Each file is named by its MD5."""
+    """DVC's cache on this machine, in which the name of each file is the MD5 of its content."""
 
     def __init__(self, root: Path) -> None:
         settings = configparser.ConfigParser(interpolation=None)
@@ -254,7 +254,7 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return an output's files: path in the output (`""` for a single file) -> path in the cache.
+        """Return the files of an output: path in the output ("" for a file) -> path in the cache.
 
         Raises MissingInput if the cache lacks a file, and OutsideFolder for an invalid hash or path.
         """
@@ -274,7 +274,7 @@ class Cache:
         return True
 
     def _object(self, md5: str) -> Path:
-        if not _OBJECT.fullmatch(md5):  # for example, `../x` leads out of the cache
+        if not _OBJECT.fullmatch(md5):  # `../x` would lead out of the cache
             raise OutsideFolder(
                 f"{LOCK} names {md5!r}, not a hash of DVC's cache: `git checkout {LOCK}` restores {LOCK}"
             )
@@ -285,9 +285,9 @@ class Cache:
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy an output from DVC's cache or `place`, and return whether the output was found.
+    """Copy the output `path` from DVC's cache or `place` to `target`. Return False if both lack it.
 
-    Raises BadData for an altered cache file.
+    Raises BadData if a file in the cache was altered.
     """
     if not cache.has(md5):
         content = place.read(path)
@@ -316,16 +316,16 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     try:
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            # DVC saves hashes in `site_cache_dir`. With an empty folder, DVC reads every file again.
+            # DVC trusts the hashes saved in `site_cache_dir`. An empty folder makes DVC read every file.
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo
-    except (DvcException, ImportError) as error:  # ImportError: a package such as dvc-s3 is missing
+    except (DvcException, ImportError) as error:  # ImportError: for example, dvc-s3 is missing
         raise BadData(f"DVC can't read {STAGES} or {LOCK} in {root}: {error}") from error
 
 
 def stages_before(root: Path, name: str) -> list[str]:
-    """Return the stages that DVC runs before a stage, in order."""
+    """Return the stages on which the stage `name` depends, in the order in which DVC runs them."""
     from dvc.repo.reproduce import plan_repro
 
     with open_repo(root) as repo:

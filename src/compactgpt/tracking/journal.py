@@ -27,10 +27,10 @@ Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the repository has its own store
 EXPERIMENT = "compactgpt"
 JOURNAL = "journal.jsonl"
-BEFORE = "before"  # name of the folder with copies of the project's files, made before the first stage
+BEFORE = "before"  # name of the folder with copies of dvc.lock and other files before the first stage
 LOCKED = "requirements.lock"
 MAX_DIGEST = 36  # the greatest number of characters that MLflow accepts as the hash of a data set
-_TAIL = 65_536  # number of bytes; the last line of a journal is always shorter
+_TAIL = 65_536  # bytes to read from the end of a journal: more than the last line can have
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
 _PASSWORD = re.compile(r"(://)[^@\s]*@|((?:password|passwd|pwd)=)[^&\s]+")
 # Processor flags and environment variables that can change the rounding of floating-point sums.
@@ -39,7 +39,7 @@ ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS
 # The sections of params.yaml that are logged to MLflow.
 _SECTIONS = ("training", "model", "tokenization", "download", "evaluation", "baseline", "inspection",
              "validation", "runtime")  # fmt: skip
-# Pairs: a pattern for a dotted key in a report, and the metric's name.
+# Metrics for MLflow: (pattern for dotted keys in a report, name of the metric).
 _METRICS = [
     (r"(loss|perplexity|bits_per_byte)\.value", r"\1"),
     (r"tasks\.(.+)\.accuracy\.value", r"\1_accuracy"),
@@ -64,7 +64,7 @@ def without_password(text: str) -> str:
 
 
 def tracking_store() -> dict[str, str]:
-    """Return the `uri`, `experiment` and `experiment_id` of the MLflow store.
+    """Return `uri`, `experiment` and `experiment_id` of the MLflow store that the environment names.
 
     Raises BadConfig if MLFLOW_TRACKING_URI is not the address of a server or a database.
     """
@@ -106,9 +106,9 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the parameters of params.yaml that are logged, by dotted key.
+    """Return the parameters that are logged to MLflow, by dotted key. `tree` has params.yaml.
 
-    A mapping inside a section becomes one parameter.
+    A mapping inside a section becomes one parameter, as a JSON string.
     """
     params: dict[str, Scalar] = {}
     for section in _SECTIONS:
@@ -136,9 +136,9 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the token files as data sets for `Journal.inputs`.
+    """Return descriptions of the token files, the data sets that `Journal.inputs` logs.
 
-    `files` comes from a manifest. `contexts` maps each split to its use, such as `training`.
+    `files` is the mapping `files` of a manifest. `contexts` maps a split to its use, such as `training`.
     """
     found = []
     for split, context in contexts.items():
@@ -151,7 +151,7 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
 def process_facts() -> dict[str, Any]:
     """Return the host, id and start time of this process.
 
-    If a `dvc` process started this process, the key `pipeline` describes the `dvc` process.
+    If `dvc` started this process, the key `pipeline` has id, start time and command of `dvc`.
     """
     import psutil
 
@@ -160,7 +160,7 @@ def process_facts() -> dict[str, Any]:
     for parent in own.parents():
         with suppress(psutil.Error, ValueError):
             words = parent.cmdline()
-            # The position is 0 in `dvc repro`, and 1 in `python dvc repro`.
+            # `dvc` is word 0 of `dvc repro`, and word 1 of `python dvc repro`.
             position = [Path(word).name for word in words[:3]].index("dvc")
             command = " ".join(["dvc", *words[position + 1 :]])
             pipeline = {"pid": parent.pid, "created": parent.create_time(), "command": command}
@@ -171,7 +171,7 @@ def process_facts() -> dict[str, Any]:
 class Journal:
     """A journal to which a stage appends everything that it logs.
 
-    If the process is killed, only the last line is incomplete.
+    If the stage's process is killed, only the last line can be incomplete.
     """
 
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any]) -> None:
@@ -191,7 +191,7 @@ class Journal:
     def keep_before(self, workspace: Path) -> None:
         """Copy dvc.yaml, dvc.lock, params.yaml, requirements.lock and the uncommitted changes to `before/`.
 
-        Only the first stage of a `dvc` process copies them.
+        Only the first stage of a `dvc` process does so, because `before/` is in the shared run folder.
         """
         before = self.run_folder / BEFORE
         if before.exists():
@@ -223,18 +223,18 @@ class Journal:
         self._append("tags", {"values": dict(values)})
 
     def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Log data sets that the stage reads. `token_files` returns such data sets."""
+        """Log the data sets that the stage reads, in the form that `token_files` returns."""
         if datasets:
             self._append("inputs", {"datasets": [dict(dataset) for dataset in datasets]})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a copy of a small file or folder. MLflow shows the copy in `folder`."""
+        """Log a copy of a small file or folder. MLflow shows the copy in the artifact folder `folder`."""
         target = self.folder / "artifacts" / folder / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             shutil.copytree(path, target, dirs_exist_ok=True)
         else:
-            shutil.copy(path, target)  # copies the permissions, too: a private file stays private
+            shutil.copy(path, target)  # with permissions, so a private file stays private
         self._append("artifact", {"path": target.relative_to(self.folder).as_posix(), "folder": folder})
 
     def end(self, status: str) -> None:
@@ -272,7 +272,7 @@ class JournalFile:
 
     @functools.cached_property
     def start(self) -> dict[str, Any]:
-        """The first line, of kind `start`, or an empty dict if it is incomplete."""
+        """The first line, of kind `start`, or an empty dict if this line is incomplete."""
         with open(self.path, "rb") as file:
             lines = journal_lines(file.readline())
         return lines[0] if lines else {}
@@ -285,8 +285,8 @@ class JournalFile:
 
     @property
     def status(self) -> str:
-        """The stage's status in MLflow, or an empty string while the stage runs."""
-        # In the other order, a stage that ends between these two lines would look killed.
+        """FINISHED, FAILED or KILLED, as in MLflow; empty while the stage runs."""
+        # Call `is_alive` before `last`: a stage that ends between the two would otherwise look killed.
         alive = is_alive(self.start)
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
@@ -300,9 +300,9 @@ class JournalFile:
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Return whether the process still runs.
+    """Return whether the process that `process` describes still runs.
 
-    The keys of `process` are `pid` and `created`, its start time in seconds since 1970.
+    The keys are `pid` and `created`, the start time of the process in seconds since 1970.
     """
     import psutil
 

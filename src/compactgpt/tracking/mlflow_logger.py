@@ -1,6 +1,6 @@
 """Copy the journals of a run folder to MLflow in a child process.
 
-The run of a `dvc` process is the parent of its stages' runs.
+In MLflow, a `dvc` process has a parent run, and each of its stages has a child run.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from compactgpt.tracking.pipeline_run import PIPELINE, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
 
 POLL_SECONDS = 1.0  # time between two reads of the journals
-PATIENCE_SECONDS = 60.0  # how long to retry after the runs have ended, if MLflow fails
+PATIENCE_SECONDS = 60.0  # how long to retry after the last stage has ended, if MLflow fails
 
 
 def start_logger(run_folder: Path) -> None:
-    """Start a process that copies a run folder to MLflow, unless one runs."""
+    """Start a process that copies a run folder to MLflow, unless such a process already runs."""
     with RunFolder(run_folder).locked() as is_free:
         pass
     if is_free:
@@ -37,24 +37,24 @@ def start_logger(run_folder: Path) -> None:
             subprocess.Popen(
                 [sys.executable, "-m", "compactgpt.tracking.mlflow_logger", str(run_folder)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                # The repository: DVC may run a stage in a temporary folder and then delete it.
+                # The process works in the repository, because DVC may delete the folder of a stage.
                 cwd=run_folder.parents[2],
             )  # fmt: skip
 
 
 def copied_to(folder: RunFolder) -> str:
-    """Return the `Store.identity` to which a folder was copied, or an empty string."""
+    """Return the `Store.identity` of the store that has all of `folder`; empty before the copy ends."""
     note = folder.path / "mlflow.json"
     return str(read_json(note)["store"]) if note.exists() else ""
 
 
 @dataclass
 class Copied:
-    """The part of a journal that this process has copied to MLflow."""
+    """How much of one journal this process has copied to MLflow."""
 
     run_id: str  # id of the stage's run in MLflow
-    offset: int = 0  # number of bytes of the journal that are copied
-    is_complete: bool = False  # whether the stage has ended and all lines are copied
+    offset: int = 0  # number of copied bytes, counted from the start of the journal
+    is_complete: bool = False  # whether the stage has ended and all lines of its journal are copied
 
 
 class Logger:
@@ -63,11 +63,11 @@ class Logger:
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self.folder, self.store, self.client = folder, store, store.client
         self.run_id = ""  # the id of the pipeline's run in MLflow
-        self.copied: dict[str, Copied] = {}  # name of a journal's folder -> its run and progress
+        self.copied: dict[str, Copied] = {}  # name of a journal's folder -> MLflow run and copied bytes
         self.monitor: Any = None  # MLflow's monitor, which logs the system metrics of the running stage
 
     def copy(self) -> bool:
-        """Copy new lines of all journals, and return whether everything is copied."""
+        """Copy new lines of all journals. Return False if `dvc` may still add lines or files, else True."""
         if copied_to(self.folder) == self.store.identity:
             return True
         is_pipeline = "pipeline" in self.folder.start
@@ -101,19 +101,19 @@ class Logger:
         return run_id
 
     def _copy_journal(self, file: JournalFile) -> bool:
-        """Copy the new lines of one journal, and return whether it is complete."""
+        """Copy the new lines of one journal. Return whether its stage has ended and all lines are copied."""
         name = file.folder.name
         if name not in self.copied:
             self.copied[name] = Copied(self._start_stage(file))
         copied = self.copied[name]
         if copied.is_complete:
             return True
-        # Read the status before the lines: after a stage has ended, no lines are added.
+        # Read the status before the lines. In this order, no line of an ended stage can be missed.
         status = file.status
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
-        # A new process copies all lines again: MLflow stores equal metrics only once.
+        # After a restart, this process logs all lines again: MLflow stores equal metrics only once.
         self.store.log(copied.run_id, lines)
         if self.run_id:
             self.store.log(self.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])
@@ -136,15 +136,15 @@ class Logger:
         return run_id
 
     def _complete_pipeline(self) -> None:
-        """Log the remaining files and the model, and end the pipeline's run."""
+        """Log the folder `after/` and the trained model to MLflow, and end the pipeline's run in MLflow."""
         after, found, cache = self.folder.after, self.folder.outcome(), Cache(self.folder.root)
         assert found is not None  # `keep_after` has saved the outcome
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
-            del tags["lock_sha256"]  # `sync` regards each run with this tag as finished
+            del tags["lock_sha256"]  # `sync` takes a run with this tag for a complete run
         ran = {file.start["stage"]: self.copied[file.folder.name].run_id for file in self.folder.stages()}
-        links = {}  # name of a stage -> link to the run that made its outputs
+        links = {}  # name of a stage -> link to the MLflow run that made its outputs
         for stage, entry in found.entries.items():
             if stage in ran:
                 self.client.set_tag(ran[stage], "lock_entry", entry)
@@ -166,15 +166,15 @@ class Logger:
 
 
 def follow(folder: RunFolder) -> None:
-    """Copy the new lines of a run folder until everything is copied.
+    """Copy new lines of a run folder to MLflow until all its stages have ended and are copied.
 
-    Stops early if MLflow fails for PATIENCE_SECONDS after the runs ended.
+    Gives up if MLflow fails for PATIENCE_SECONDS after the last stage has ended.
     """
     logger, reported, last_work = None, "", time.monotonic()
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
-                folder.keep_after()  # before `open_store`, which can fail
+                folder.keep_after()  # first, because `open_store` can fail
                 logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                 with store_errors(folder.start["store"]["uri"]):
                     if logger.copy():
@@ -192,9 +192,9 @@ def follow(folder: RunFolder) -> None:
 
 
 def sync(root: Path) -> str:
-    """Copy all ended runs to MLflow and return the current store's address.
+    """Copy the run folders of all ended processes to MLflow and return the current store's address.
 
-    Logs a run for dvc.lock if none exists. Raises the first error at the end.
+    Logs a run for dvc.lock if MLflow has none. Raises the first error after all copies.
     """
     if not (root / STAGES).exists():
         raise MissingInput(f"{STAGES} is missing in {root.resolve()}: run from the repository folder")
@@ -204,7 +204,7 @@ def sync(root: Path) -> str:
         with suppress(UserError), folder.locked() as is_ours:
             if is_ours:
                 folder.keep_after()
-    # If mlflow.db has all runs, return without the import of MLflow, which takes seconds.
+    # If mlflow.db has all runs, return before the import of MLflow, which takes seconds.
     lock = hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
     note, content = tracking_folder(root) / "synced.json", json.dumps({**current, "lock_sha256": lock})
     is_local = current["uri"] == DEFAULT_URI and (root / "mlflow.db").exists()
@@ -218,13 +218,13 @@ def sync(root: Path) -> str:
         problems += _sync_store(root, wanted, folders)
     if problems:
         raise problems[0]
-    if _record_unrun(root, current, lock):
+    if _log_missing_run(root, current, lock):
         write_text(note, content)
     return current["uri"]
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Copy run folders to one store, and return the errors."""
+    """Copy run folders to the store `wanted`, and return the errors of the failed copies."""
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")
@@ -234,25 +234,25 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
             store = store or open_store(root, wanted)
             with store_errors(wanted["uri"]), folder.locked(wait=True):
                 if not Logger(folder, store).copy():
-                    raise Busy("DVC has not written its files yet: run `compactgpt sync` again later")
+                    raise Busy("DVC has not saved the run's results yet: run `compactgpt sync` again later")
         except UserError as problem:
             problems.append(problem)
-            if not store:  # the store can't be opened, so all other copies would fail
+            if not store:  # the store can't be opened, so every other copy would fail, too
                 break
     return problems
 
 
-def _record_unrun(root: Path, current: dict[str, str], lock: str) -> bool:
-    """Log a run for dvc.lock if MLflow has none, and return whether MLflow has one now.
+def _log_missing_run(root: Path, current: dict[str, str], lock: str) -> bool:
+    """Log an MLflow run for the results in dvc.lock if no run has made them.
 
-    `lock` is the SHA-256 of dvc.lock.
+    Returns whether MLflow has such a run now. `lock` is the SHA-256 of dvc.lock.
     """
     place, store = Folder(root), open_store(root, current)
     with store_errors(current["uri"]):
         if store.find("lock_sha256", lock):
             return True
         found = pipeline_run.find_outcome(place, place, [], "dvc repro", root)
-        if not found.stages or found.status != "FINISHED":  # dvc.lock lacks valid results of a stage
+        if not found.stages or found.status != "FINISHED":  # no run: a stage has no valid results
             return False
         tags = {**git_facts(root), **journal.machine_facts()}
         pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}

@@ -1,6 +1,6 @@
 """Read the run folder of a `dvc` process and find the outcome of each stage.
 
-Stages that DVC skips appear only in dvc.lock.
+A stage that DVC skips writes no journal, so only dvc.lock has its outcome.
 """
 
 import csv
@@ -24,9 +24,9 @@ from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Co
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
 PIPELINE = "pipeline"  # the tag `stage` has this value in the run of a whole pipeline
-AFTER = "after"  # name of the folder with copies of the project's files, made after the end of `dvc`
+AFTER = "after"  # name of the folder with copies of dvc.lock, reports and other files after the end of `dvc`
 OUTCOME = "outcome.json"
-COMMIT_SECONDS = 30.0  # how long DVC may need to commit an experiment that has ended
+COMMIT_SECONDS = 30.0  # how long to wait for DVC's commit of an experiment after its last stage
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
@@ -34,13 +34,13 @@ class Outcome(BaseModel):
     """The outcome of a `dvc` process, which `RunFolder` saves as `after/outcome.json`."""
 
     status: str = "FINISHED"  # the status of the pipeline's run in MLflow
-    reason: str = ""  # a sentence that says why the run is incomplete
+    reason: str = ""  # a sentence that says why stages have no results; empty if all have results
     stages: dict[str, str] = {}  # name of a stage -> a text such as `ran (finished)` or `not reached`
     entries: dict[str, str] = {}  # name of a stage that succeeded -> SHA-256 of its entry in dvc.lock
 
 
 class RunFolder:
-    """The journals of one `dvc` process, or of one stage started by hand."""
+    """The folder with the journals of one `dvc` process, or of one stage started by hand."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, path.parents[2]
@@ -57,12 +57,12 @@ class RunFolder:
 
     @cached_property
     def start(self) -> dict[str, Any]:
-        """The first line of the oldest journal; its `pipeline` is the `dvc` process."""
+        """The first line of the oldest journal; its key `pipeline` describes the `dvc` process, if any."""
         return self.journals()[0].start
 
     @property
     def command(self) -> str:
-        """The `dvc` command of the run, in a form that users can run."""
+        """The command of the `dvc` process, in a form that users can type."""
         command, name = str(self.start["pipeline"]["command"]), self.start["tags"].get("dvc.experiment")
         # DVC's queue runs `dvc exp exec-run`, a command that a user can't run.
         return f"dvc exp run -n {name}" if name and "exec-run" in command else command
@@ -76,9 +76,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self, *, wait: bool = False) -> Iterator[bool]:
-        """Lock the folder for a `with` block, and yield whether that succeeded.
+        """Lock the run folder for a `with` block.
 
-        With `wait`, wait until the lock is free.
+        Yields True with the lock, False if another process has it. With `wait`, waits for the lock instead.
         """
         with open(self.path / "lock", "w") as file:
             try:
@@ -89,14 +89,14 @@ class RunFolder:
                 yield True
 
     def outcome(self) -> Outcome | None:
-        """Return the saved outcome of the `dvc` process, or None."""
+        """Return the outcome of the `dvc` process, or None if `keep_after` has not saved the outcome yet."""
         saved = self.after.read(OUTCOME)
         return Outcome.model_validate_json(saved) if saved else None
 
     def keep_after(self) -> bool:
-        """Save the files of an ended `dvc` process to `after/`.
+        """Save dvc.lock, reports and the outcome of an ended `dvc` process to the folder `after/`.
 
-        The result is False while `dvc` runs or has not committed its files.
+        Returns False while `dvc` runs or may still commit its experiment, otherwise True.
         """
         if "pipeline" not in self.start or self.outcome():
             return True
@@ -106,7 +106,7 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return where the run's dvc.lock is, or None if DVC has not committed it."""
+        """Return the folder or commit with the resulting dvc.lock, or None while DVC may still commit it."""
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")
@@ -115,25 +115,25 @@ class RunFolder:
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
             newest = max(file.path.stat().st_mtime for file in self.journals())
             return Folder(self.path / "no-commit") if time.time() - newest > COMMIT_SECONDS else None
-        # The next run copied this run's dvc.lock before it changed the work tree.
+        # A later `dvc` process in the same work tree has saved this dvc.lock to its own folder `before/`.
         for later in run_folders(self.root):
             if later.path.name > self.path.name and later.start.get("workspace") == workspace:
                 return later.before
         return Folder(Path(workspace))
 
     def _write_after(self, place: Place) -> None:
-        """Save dvc.lock, params.yaml, package versions, reports, losses of documents, and the outcome."""
+        """Save dvc.lock, params.yaml, package versions, reports, losses and the outcome to `after/`."""
         cache, making = Cache(self.root), self.path / "after.tmp"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
-        if self.before.root.exists():  # the folder is missing if the first stage was killed at once
+        if self.before.root.exists():  # `before/` is missing if the first stage was killed at once
             kept = shutil.ignore_patterns(LOCK)
             shutil.copytree(self.before.root, making, ignore=kept, dirs_exist_ok=True)
         if lock := place.read(LOCK):
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # A folder `before/` has no code, so code is read from the work tree.
+        # `before/` has no code and no corpus, so `find_outcome` compares these with the work tree.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         for path, md5 in outs(place, found).items():
@@ -154,8 +154,8 @@ def find_outcome(
 ) -> Outcome:
     """Return the outcome of the `dvc` process that ran `command`.
 
-    `place` has the files after the process, and `before` the files before the process.
-    `tree` is the work tree, or None for a commit.
+    `before` and `place` have dvc.lock and params.yaml before and after the process.
+    `tree` is the work tree, or None if `place` is a commit.
     """
     try:
         stages, locked = dvc_files.read_stages(place), dvc_files.read_entries(place)
@@ -189,9 +189,10 @@ def find_outcome(
 def _is_current(
     entry: Entry, params: dict[str, Any], made: dict[str, str], valid: dict[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage's entry has the parameters in `params` and valid dependencies.
+    """Return whether a stage's `entry` in dvc.lock fits the current parameters and dependencies.
 
     `made` has all outputs in dvc.lock, and `valid` the outputs of stages with valid results.
+    `tree` is the work tree, or None if a commit has the files.
     """
     wanted = dvc_files.entry_params(entry)
     if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:
@@ -200,20 +201,20 @@ def _is_current(
         inside = {out for out in made if dvc_files.overlap(out, path)}
         if not inside <= valid.keys() or made.get(path, md5) != md5:
             return False
-        # DVC commits an experiment only if all stages succeeded. So its commit needs no check.
+        # Without `tree`, code needs no check: DVC commits an experiment only if all stages succeeded.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
 
 
 def outs(place: Place, found: Outcome) -> dict[str, str]:
-    """Return the MD5 of each output of the stages that succeeded, by path."""
+    """Return path -> MD5 for the outputs of the stages that succeeded, as in the dvc.lock of `place`."""
     entries = dvc_files.read_entries(place) if found.entries else {}
     return dvc_files.all_outs({stage: entries[stage] for stage in found.entries})
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of skipped stages as journal lines, from the reports in the folder `after`."""
+    """Yield the metrics of skipped stages, read from the reports in `after`, as lines of a journal."""
     for stage in found.entries:
         path = after / f"reports/{stage.replace('@', '/')}.json"
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():
@@ -230,9 +231,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return tags with the SHA-256 of dvc.lock and weights, and data sets for `Journal.inputs`.
+    """Return tags with the SHA-256 of dvc.lock and the model's weights, and the token files as data sets.
 
-    `made` maps the path of each output to its MD5.
+    `Journal.inputs` accepts these data sets. `made` maps the path of each output to its MD5.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):
@@ -245,9 +246,9 @@ def hashes(
 
 
 def describe(command: str, found: Outcome, links: Mapping[str, str]) -> str:
-    """Describe a pipeline's run in Markdown, with a table of stages.
+    """Return a Markdown text for a pipeline's run in MLflow: command, outcome and a table of stages.
 
-    `links` maps a stage to a link to the run that made its outputs.
+    `links` maps the name of a stage to a link to the MLflow run that made its outputs.
     """
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
     lines += ["| stage | here | made by |", "| --- | --- | --- |"]

@@ -23,20 +23,20 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import LOCKED, machine_facts, packages, tracking_store
 
-WORKSPACE = "workspace"  # name of the version in the current work tree
+WORKSPACE = "workspace"  # the name that users give for the current work tree
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _RUN_ID = re.compile(r"[0-9a-f]{4,32}")
-Pair = tuple[Any, Any]  # the values that two versions have; None for a version that lacks the value
+Pair = tuple[Any, Any]  # (value in version A, value in version B); None stands for a missing value
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the project, with its machine and packages if they are known."""
+    """A version of the project, and what is known about the machine and packages of its run."""
 
-    name: str  # the version's name in messages
+    name: str  # the version's name in messages to the user
     place: Place  # the folder or commit with params.yaml, dvc.lock, dvc.yaml and reports/
     commit: str = ""  # the full hash of the commit; empty if unknown
-    diff: bytes | None = b""  # the uncommitted changes; None if the run did not save its changes
+    diff: bytes | None = b""  # the uncommitted changes; None if they exist but were not saved
     machine: dict[str, str] = field(default_factory=dict)  # the result of `machine_facts`; empty if unknown
     packages: dict[str, str] = field(default_factory=dict)  # package name -> version; empty if unknown
 
@@ -71,7 +71,7 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
 
 
 def version_here(name: str, root: Path, commit: str = "", diff: bytes = b"") -> Version:
-    """Return the version in a folder, with this machine and its installed packages."""
+    """Return the version in the folder `root`, with facts about this machine and its packages."""
     return Version(name, Folder(root), commit, diff, machine_facts(), parse_versions(packages()))
 
 
@@ -88,7 +88,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
             raise BadConfig(f"the ids of {len(runs)} runs begin with {wanted}: type more of its characters")
         tags, run_id = runs[0].data.tags, runs[0].info.run_id
         folder = tempfile.mkdtemp(dir=scratch)
-        # The parent run is the run of the whole pipeline. It has the files.
+        # Files such as dvc.lock are artifacts of the pipeline's run, the parent of a stage's run.
         store.client.download_artifacts(tags.get("mlflow.parentRunId", run_id), "", folder)
     name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(Path(folder))
     if place.read(LOCK) is None:
@@ -100,7 +100,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     return Version(
         name,
         place,
-        commit if _COMMIT.fullmatch(commit) else "",  # git could read another text as an option
+        commit if _COMMIT.fullmatch(commit) else "",  # any other text could act as an option of git
         None if tags.get("git.dirty") == "true" and not diff else diff,
         {key: tags[key] for key in {*machine_facts(), "arithmetic"} if key in tags},
         parse_versions((place.read("environment/packages.txt") or b"").decode()),
@@ -108,16 +108,16 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
 
 
 def parse_versions(requirements: str) -> dict[str, str]:
-    """Return the packages in a requirements file that are for this machine: name -> version number.
+    """Return package name -> version from the text of a requirements file.
 
-    The number 2.13.0+cpu becomes 2.13.0.
+    Packages for other platforms are left out. Version 2.13.0+cpu becomes 2.13.0.
     """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 
     found: dict[str, str] = {}
     for line in requirements.splitlines():
-        with suppress(InvalidRequirement):  # the line is no requirement
+        with suppress(InvalidRequirement):  # skip a line that names no package
             package = Requirement(line.rstrip(" \\"))
             if package.marker is None or package.marker.evaluate():
                 version = str(package.specifier).removeprefix("==")
@@ -131,9 +131,9 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
 
 
 def changed_environment(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the packages and machine facts that differ: name -> the two values.
+    """Return the packages and machine facts that differ: name -> (value in `a`, value in `b`).
 
-    Packages that only one version has are left out.
+    Left out: a package that only one version has, and machine facts if one version has none.
     """
     pairs = differing(a.packages, b.packages)
     packages = {name: pairs[name] for name in sorted(pairs) if None not in pairs[name]}

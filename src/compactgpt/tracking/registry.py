@@ -23,9 +23,9 @@ PIPELINE_RUN = "pipeline_run"  # tag of a model version; its value is the id of 
 
 
 def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: str, val: str) -> str:
-    """Log the trained model of a pipeline's run and return the model's id.
+    """Log the trained model of a pipeline's run, unless MLflow has the model. Return the model's id.
 
-    `weights` and `val` are the SHA-256 of the weights and val split.
+    `weights` and `val` are the SHA-256 of the model's weights and of the val split.
     """
     from mlflow.entities import Metric
 
@@ -42,15 +42,15 @@ def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: s
 
 
 def _logged(store: Store, weights: str) -> str:
-    """Return the id of the completely logged model with these weights, or an empty string."""
+    """Return the id of the logged model with these weights; empty if none was logged completely."""
     wanted = f"tags.weights_sha256 = '{weights}'"
     found = store.client.search_logged_models([store.experiment], filter_string=wanted)
     return next((str(model.model_id) for model in found if model.status == "READY"), "")
 
 
 def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
-    """Log a run's model in Hugging Face's format, and return its id."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # no network is needed: all files are on this machine
+    """Log a pipeline's model to the MLflow run `run_id` in Hugging Face's format; return the model's id."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # without network: all files are on this machine
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(scratch)
@@ -66,22 +66,22 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
         from compactgpt.model.weights import load_model
 
         model, text = load_model(folder / MODEL), after.read("reports/model_card.md")
-        card = text.decode() if text else "# compactgpt\n"  # the card is missing if its stage did not run
+        card = text.decode() if text else "# compactgpt\n"  # without a model card, use a title
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
         # A served model uses these options if a request does not set them.
         options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),  # MLflow fails if it gets the path instead
+            pipeline("text-generation", model=str(folder / NAME)),  # with only a path, MLflow fails
             name="compact",
             task="text-generation",
             run_id=run_id,
-            # With step 0, MLflow would copy the run's metrics without their data set.
+            # MLflow copies the run's metrics of this step without their data set. No metric has step -1.
             step=-1,
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
             model_config={
                 "max_new_tokens": min(MAX_NEW_TOKENS, model.shape.block_size // 2),
-                "handle_long_generation": "hole",  # if the prompt is too long, only its end is used
+                "handle_long_generation": "hole",  # a too long prompt loses its first tokens
                 "return_full_text": False,
             },
             model_card=ModelCard(card, ignore_metadata_errors=True),
@@ -98,7 +98,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with the SHA-256 `weights` as champion and return its version number.
 
     Raises MissingInput for an unknown model.
-    Without a reason, raises CheckFailed if the configuration is not the champion's.
+    Without `reason`, raises CheckFailed if the present champion has another configuration.
     """
     import mlflow
 
@@ -106,7 +106,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         raise MissingInput("MLflow has no model with these weights: `make repro` logs the trained model")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
-        # If the store is SQLite, `present.model_id` is empty.
+        # Read the id from `source`, because `present.model_id` is empty in a SQLite store.
         present_id = present.source.removeprefix("models:/")
         _refuse_other_configuration(model, store.client.get_logged_model(present_id))
     known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
@@ -130,7 +130,7 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
 
 
 def download_model(uri: str, folder: Path) -> Path:
-    """Download a model into an empty folder and return its folder in Hugging Face's format.
+    """Download a model into an empty folder and return the subfolder in Hugging Face's format.
 
     A URI is, for example, `models:/NAME@ALIAS`. Raises MissingInput for an unknown URI.
     """

@@ -34,7 +34,7 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import numbers
 from compactgpt.tracking.records import WORKSPACE, Version, changed_environment, find_version, version_here
 
-# The corpus may have changed since the run, so this stage's outputs come from DVC's cache.
+# The outputs of `download` are restored if possible, because `corpus` may have changed since the run.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # Rounding can explain losses that differ by up to 1 %. The largest measured difference was 0.15 %.
@@ -51,11 +51,11 @@ _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
 @dataclass(frozen=True)
 class Result:
-    """The comparison of a version with its second run."""
+    """The outputs of a version, compared with the outputs when the version ran a second time."""
 
     name: str  # the version's name
     verdict: str  # IDENTICAL, ROUNDING or DIFFERENT
-    first: str  # the first stage that differs; empty if no stage differs
+    first: str  # the first stage with other outputs; empty if all outputs are identical
     why: str  # the reason for the verdict
     stages: dict[str, str]  # stage -> IDENTICAL, or the stage's first difference, such as `other code`
 
@@ -68,7 +68,7 @@ class Result:
 
 
 def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
-    """Return what this machine lacks to run a version again, and how it differs, as sentences.
+    """Return two lists of sentences: what a second run of a version lacks, and what this machine changes.
 
     `wanted` is the version's name for `find_version`.
     """
@@ -79,10 +79,10 @@ def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
 
 
 def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
-    """Run the version named `wanted` again, and compare its outputs.
+    """Run the version named `wanted` again, and compare its new outputs with its old outputs.
 
     `log` prints a message. `confirm` shows the commands, and returns whether to run them.
-    Raises MissingInput, OutsideFolder, NotAllowed or CheckFailed.
+    Raises MissingInput, OutsideFolder, NotAllowed if not confirmed, or CheckFailed if a stage fails.
     """
     root = root.resolve()
     with _temporary_folder(root) as folder:
@@ -103,14 +103,14 @@ def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Call
             shutil.copytree(root / CORPUS, inside(tree, CORPUS), dirs_exist_ok=True)
             log("the download stage runs again")
         if _run_dvc(tree):
-            raise CheckFailed("the version can't be run again: a stage failed, read its message above")
+            raise CheckFailed("the second run is incomplete: a stage failed, read the stage's message above")
         return compare_hashes(version, version_here("the second run", tree))
 
 
 @contextmanager
 def _temporary_folder(root: Path) -> Iterator[Path]:
     """Create a folder for a `with` block, and delete the folder after the block."""
-    # `temporary_path` also deletes the old folders of killed processes.
+    # `temporary_path` also deletes folders that killed processes have left here.
     folder = temporary_path(root / ".state/reproductions/run")
     folder.mkdir(parents=True)
     try:
@@ -129,14 +129,14 @@ def _find(wanted: str, root: Path, folder: Path) -> Version:
 
 
 def find_missing(version: Version, root: Path) -> list[str]:
-    """Return what is missing to run a version again, as sentences."""
+    """Return a sentence for each thing that a second run of the version needs but lacks."""
     if not version.commit:
         return ["the run names no commit: it did not run in a git repository"]
     try:
         git_text(root, "cat-file", "-e", f"{version.commit}^{{commit}}")
     except UserError:
         return [f"git lacks commit {version.commit[:9]}: `git fetch --all` may fetch it"]
-    missing = ["the run had uncommitted changes that were not kept"] if version.diff is None else []
+    missing = ["the run's uncommitted changes were not kept"] if version.diff is None else []
     missing += [f"the run has no {name}" for name in (PARAMS, LOCK) if version.place.read(name) is None]
     entry, cache = version.entries.get(DATA, {}), Cache(root)
     has_data = all(cache.has(md5) or version.place.read(path) for path, md5 in outs(entry).items())
@@ -146,7 +146,7 @@ def find_missing(version: Version, root: Path) -> list[str]:
 
 
 def _machine_changes(version: Version, here: Version) -> dict[str, str]:
-    """Return a sentence for each package and machine fact that differs on this machine, by name."""
+    """Return name -> sentence for each package or machine fact that differs from this machine's."""
     return {
         name: f"{name} was {old or 'missing'}, on this machine it is {new or 'missing'}"
         for name, (old, new) in changed_environment(version, here).items()
@@ -154,16 +154,16 @@ def _machine_changes(version: Version, here: Version) -> dict[str, str]:
 
 
 def is_in_history(version: Version, root: Path) -> bool:
-    """Return whether a version is a commit in the history of HEAD."""
+    """Return whether HEAD's history has the version's commit; False for the version of an MLflow run."""
     if not isinstance(version.place, Commit):
         return False
-    # git prints nothing if the history of HEAD has the commit.
+    # The output of git is empty if the history of HEAD has the commit.
     return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")
 
 
 def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
     """Check out a version into the folder `tree`, and return lines that describe its code."""
-    # The checkout is another repository, so its code can't change a branch of the project.
+    # The checkout is a clone without hooks, so its code can't change the project's branches.
     no_hooks = ("-c", f"core.hooksPath={os.devnull}")
     git_text(root, "clone", "--quiet", "--shared", "--no-checkout", "--template=", str(root), str(tree))
     git_text(tree, *no_hooks, "checkout", "--quiet", "--detach", version.commit)
@@ -171,7 +171,7 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
     if version.diff:
         patch = tree.with_name("changes.diff")
         patch.write_bytes(version.diff)
-        # `git apply` refuses a path that leads out of the tree.
+        # `git apply` refuses a patch with a path that leads out of the checkout.
         git_text(tree, "apply", "--binary", "--whitespace=nowarn", str(patch))
         changed = git_text(tree, "apply", "--numstat", str(patch)).splitlines()
     for path in tree.rglob("*"):
@@ -203,14 +203,14 @@ def _stage_commands(tree: Path) -> dict[str, str]:
 
 
 def _copy_downloads(root: Path, tree: Path) -> None:
-    """Link the downloaded files of the project into the checkout. No stage changes them."""
+    """Link the project's downloaded files into the checkout. Links are safe: no stage changes the files."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=os.link)
 
 
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
-    """Restore the outputs of the download stage, and return whether all were found."""
+    """Restore the outputs of the download stage in `tree`, and return whether all outputs were found."""
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.transfer import transfer
@@ -218,18 +218,18 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     entry = version.entries.get(DATA, {})
     for path, md5 in outs(entry).items():
         content = version.place.read(path)
-        if content is not None and md5_of(content) == md5:  # the run or the commit has this file
+        if content is not None and md5_of(content) == md5:  # the version's folder or commit has this output
             write_bytes(inside(tree, path), content)
     with open_repo(root) as project, open_repo(tree) as repo:
         sources = [project.cache.local]
-        with suppress(DvcException):  # the project has no remote
+        with suppress(DvcException):  # skip the remote if the project has none
             sources.append(project.cloud.get_remote_odb())
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
-            # `shallow=False` copies the files of folders. `verify=True` refuses wrong hashes.
-            with suppress(Exception):  # each kind of remote raises its own exceptions
+            # `shallow=False` copies the files in a folder, too. `verify=True` refuses altered files.
+            with suppress(Exception):  # skip a source that fails: each kind has its own exceptions
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
-        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is valid YAML
+        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML, too
         stage = f"{tree / STAGES}:{DATA}"  # without the path, DVC reads dvc.yaml in the current folder
         try:
             repo.checkout([stage], force=True)
@@ -242,7 +242,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
 
 
 def _run_dvc(tree: Path) -> int:
-    """Run `dvc repro` in the checkout, and return its exit code."""
+    """Run `dvc repro` in the checkout `tree`, and return the exit code of DVC."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
         **kept,
@@ -258,7 +258,7 @@ def _run_dvc(tree: Path) -> int:
 
 
 def compare_hashes(version: Version, second: Version) -> Result:
-    """Compare the outputs of a version with the outputs of its second run, on this machine."""
+    """Compare the outputs of a version with the outputs of `second`, its second run on this machine."""
     old, new = version.entries, second.entries
     stages = {stage: _first_change(entry, new.get(stage)) for stage, entry in old.items()}
     changed = {stage: change for stage, change in stages.items() if change != IDENTICAL}
@@ -271,11 +271,11 @@ def compare_hashes(version: Version, second: Version) -> Result:
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = [text for name, text in _machine_changes(version, second).items() if name in _ARITHMETIC]
-    # Rounding changes outputs and so the inputs of later stages.
+    # Rounding can cause both differences: another output of a stage is another input of later stages.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict = DIFFERENT
-    # ROUNDING needs the same code and parameters, and another processor, setting or package as the cause.
+    # The verdict ROUNDING needs equal code and parameters, a cause such as another CPU, and close losses.
     if other:
         why = other[0]
     elif causes and largest <= LOSS_TOLERANCE:
@@ -286,7 +286,7 @@ def compare_hashes(version: Version, second: Version) -> Result:
 
 
 def _first_change(old: Entry, new: Entry | None) -> str:
-    """Return what differs between a stage's two runs: params, code, inputs or outs."""
+    """Return IDENTICAL for equal outputs, otherwise the reason, such as `other params`."""
     if new is None:
         return "not run again"
     if outs(old) == outs(new):
@@ -300,7 +300,7 @@ def _first_change(old: Entry, new: Entry | None) -> str:
 
 
 def _loss_differences(path: str, old: Place, new: Place) -> Iterator[tuple[float, str]]:
-    """Yield the relative difference and the name of each loss; 1.0 if a report is missing."""
+    """Yield (relative difference, name) for each loss in a report; (1.0, path) for a missing report."""
     contents = old.read(path), new.read(path)
     if None in contents:
         yield 1.0, path

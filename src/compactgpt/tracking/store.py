@@ -1,4 +1,4 @@
-"""Open an MLflow store, write to its runs, and shorten its error messages."""
+"""Open an MLflow store, find and write MLflow runs, and shorten the error messages of MLflow."""
 
 import fcntl
 import json
@@ -33,7 +33,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# A page of charts in MLflow: the runs of pipelines, with loss curves first.
+# A page in MLflow with charts that compare the runs of pipelines; the loss curves come first.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
     "compareRunsMode": "CHART",
@@ -64,30 +64,30 @@ class Store:
 
     client: Any  # an mlflow.MlflowClient
     experiment: str  # the experiment's id
-    # Id and creation time of the experiment: a re-created store has another identity.
+    # Id and creation time of the experiment: they differ if the store was deleted and created again.
     identity: str
 
     def find(self, tag: str, value: str) -> str:
-        """Return the id of the newest run with this tag, or an empty string."""
+        """Return the id of the newest MLflow run whose `tag` is `value`; empty if no run has this value."""
         wanted, newest = f"tags.`{tag}` = '{value}'", ["attributes.start_time DESC"]
         found = self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
         return str(found[0].info.run_id) if found else ""
 
     def create(self, tag: str, value: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
-        """Return the id of the run with this tag, and create a missing run.
+        """Return the id of the MLflow run whose `tag` is `value`. If no run has it, create one.
 
-        `time_ms` is the start time in milliseconds since 1970.
+        The new run has `name`, `tags` and the start time `time_ms`, in milliseconds since 1970.
         """
         from mlflow.tracking.context.registry import resolve_tags
 
         if run_id := self.find(tag, value):
             return run_id
-        tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # MLflow adds user and commit
+        tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # MLflow adds user and commit tags
         # The client creates the run, because `mlflow.start_run` accepts no start time.
         return str(self.client.create_run(self.experiment, time_ms, tags, name).info.run_id)
 
     def log(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Log the lines of a journal to a run."""
+        """Log lines of a journal, except artifacts, to the MLflow run `run_id`."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
         params, metrics, tags, inputs = [], [], [], []
@@ -109,14 +109,14 @@ class Store:
             self.client.log_inputs(run_id, inputs)
 
     def log_folder(self, run_id: str, folder: Path, target: str | None = None) -> None:
-        """Log the files of a folder to the artifact folder `target` of a run."""
+        """Log the files of `folder` to an MLflow run, in its artifact folder `target` or at the top."""
         self.client.log_artifacts(run_id, str(folder), target)
         if (folder / DIFF).exists():
-            # `log_artifacts` makes the file readable for all users. `log_artifact` keeps the file private.
+            # Log DIFF again: `log_artifacts` makes the copy readable for all users, `log_artifact` does not.
             self.client.log_artifact(run_id, str(folder / DIFF), target)
 
     def start_monitor(self, run_id: str) -> Any:
-        """Start to log the system metrics of this machine to a run. Return MLflow's monitor."""
+        """Start to log this machine's system metrics to an MLflow run, and return the monitor."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         uri = self.client.tracking_uri
@@ -126,36 +126,37 @@ class Store:
 
 
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
-    """Open the tracking store `wanted`, or the result of `tracking_store`.
+    """Open the MLflow store that `wanted` describes; without it, the store that the user has chosen.
 
+    `tracking_store` returns such descriptions.
     Creates a missing SQLite database or experiment. Raises Unreachable if MLflow fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Warnings about system metrics contain the server's password.
+    # Hide warnings about system metrics, because they contain the server's password.
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     uri, in_environment = wanted["uri"], os.environ.get("MLFLOW_TRACKING_URI", "")
-    if without_password(in_environment) == uri:  # `uri` has no password; `in_environment` may have one
+    if without_password(in_environment) == uri:  # use the address with the password
         uri = in_environment
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
         import mlflow
 
-        fcntl.flock(lock, fcntl.LOCK_EX)  # so that two processes do not create the same database
-        artifacts = None  # a server chooses the folder for artifacts
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes must not create the same database
+        artifacts = None  # None: an MLflow server chooses the folder for artifacts
         if uri.startswith(_SQLITE):
             database = root.resolve() / uri.removeprefix(_SQLITE)
             uri, artifacts = f"{_SQLITE}{database}", str(database.parent / ARTIFACTS)
             if not database.exists():
                 with closing(sqlite3.connect(database)) as created:
-                    created.execute("pragma journal_mode=wal")  # so that a reader never waits for a writer
+                    created.execute("pragma journal_mode=wal")  # readers never wait for a writer
         client, name = mlflow.MlflowClient(uri, uri), wanted["experiment"]
         if name and not client.get_experiment_by_name(name):
             client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
             if artifacts:
-                # The stored path is absolute: a copy of the repository needs a relative path.
+                # Make MLflow's absolute path relative: a copy of the repository then has its own artifacts.
                 with closing(sqlite3.connect(database, timeout=20)) as opened, opened:
                     opened.execute(
                         "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
@@ -165,7 +166,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
             mlflow.set_tracking_uri(uri)
             experiment = mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
         finally:
-            # MLflow has set environment variables. `tracking_store` must see only those that the user set.
+            # Undo MLflow's changes of the environment: `tracking_store` must see only the user's variables.
             os.environ.clear()
             os.environ.update(environment)
     identity = f"{experiment.experiment_id}@{experiment.creation_time}"
@@ -174,19 +175,19 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn an error of MLflow into Unreachable.
+    """Turn MLflow's errors in a `with` block into Unreachable. `uri` is for the message.
 
-    A UserError, or an error of the disk, stays as it is.
+    A UserError, or an error of the disk, is raised unchanged.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # for example, no space is left on the disk
+        if isinstance(error, OSError) and error.errno:  # an error of the disk, such as no space left
             raise
         first: BaseException = error
-        while first.__context__:  # MLflow and its libraries wrap the first error several times
+        while first.__context__:  # find the first error: MLflow and its libraries wrap it several times
             first = first.__context__
         found = (first.strerror or first) if isinstance(first, OSError) else error
         reason = without_password(str(found).strip().partition("\n")[0][:300]) or type(error).__name__
@@ -197,9 +198,9 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def run_of_value(root: Path, stage: str) -> str:
-    """Return the id of the run that made a stage's outputs.
+    """Return `ID (STAGE)` for the MLflow run that made a stage's outputs in dvc.lock.
 
-    If no run is known, the result is a sentence that says why.
+    If no such run is known, the result is a sentence that says why.
     """
     if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
         return "no MLflow store here: `make repro` creates mlflow.db"

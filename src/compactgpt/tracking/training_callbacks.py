@@ -25,17 +25,17 @@ OVERFITTING = 0.1
 
 
 class TrainingCallbacks:
-    """Prints and logs the progress of training; each training process has an instance."""
+    """Prints and logs the progress of training; each process of distributed training has an instance."""
 
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
-        """Print and log what is known before the first step.
+        """Log the expected loss, print the batch size, and warn if the warm-up is too long for the training.
 
         `stage` comes from `open_stage`; `curve` is the file for the loss curve.
         """
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
         self.progress_bar = stage.progress("steps")
-        self.reported_at: float | None = None  # time.monotonic() at the last report
+        self.reported_at: float | None = None  # time.monotonic() at the last call of `on_losses`
         self.warned: set[str] = set()  # names of the warnings that were printed
         self.encoding = load_encoding(tokenizer) if self.params.runtime.sample_interval else None
         expected = expected_loss(self.params)
@@ -55,7 +55,7 @@ class TrainingCallbacks:
         return Callbacks(self.on_losses, self.on_row, self.on_step, self.on_warning, should_stop)
 
     def on_losses(self, losses: list[tuple[int, float]]) -> None:
-        """Log the new losses, pairs (step, loss), with learning rate and speed."""
+        """Log each new pair (step, loss) together with the learning rate and the tokens per second."""
         now, training, speed = time.monotonic(), self.params.training, {}
         if self.is_main_process and self.reported_at is not None:
             tokens_per_second = len(losses) * training.tokens_per_step / max(1e-9, now - self.reported_at)
@@ -68,7 +68,7 @@ class TrainingCallbacks:
             self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
 
     def on_row(self, rows: list[Row]) -> None:
-        """Log the last val loss, and write the loss curve `rows`.
+        """Log the newest val loss, and write all `rows` to the file of the loss curve.
 
         Warns once if the model overfits, and once if training diverges.
         """
@@ -101,7 +101,7 @@ class TrainingCallbacks:
 
 
 def describe_batch(params: Params, processes: int) -> str:
-    """Return a message: how a step's tokens are divided into sequences and processes."""
+    """Return a message that shows how the tokens of one step are divided among sequences and processes."""
     training, block_size = params.training, params.model.block_size
     micro_batches = training.tokens_per_step // block_size // training.micro_batch_size // processes
     named = "process" if processes == 1 else "processes"
@@ -113,7 +113,7 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def overfitting_warning(rows: list[Row]) -> str | None:
-    """Return a warning if the val loss has risen while the train loss fell."""
+    """Return a warning if the val loss rose by OVERFITTING after its minimum, while the train loss fell."""
     best, last = best_row(rows), rows[-1]
     if last.val_loss < best.val_loss + OVERFITTING or last.train_loss >= best.train_loss:
         return None
@@ -126,7 +126,7 @@ def overfitting_warning(rows: list[Row]) -> str | None:
 
 @torch.no_grad()
 def sample_text(model: GPT, encoding: Encoding, prompt: str) -> str:
-    """Return the prompt and its most likely next tokens, without use of random numbers."""
+    """Return the prompt and the model's continuation, in which each token is the most likely one."""
     model.eval()
     tokens = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
     start, block_size = len(tokens), model.shape.block_size
