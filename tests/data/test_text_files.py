@@ -92,7 +92,7 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"line 2: found columns \['body'\].*text_column"),
         ("a.jsonl", b"\n" + LONG, r"a\.jsonl, line 2 is longer than 1 MB .*max_row_megabytes"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv has columns \['id', 'body'\], expected one column 'text'"),
-        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3 is not valid CSV \(it does not have as many"),
+        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3 is not valid CSV \(the row and the header"),
         ("a.csv", b'id,text\n1,"' + b"a b\n" * 260_000, r"a\.csv, line 250,\d{3} is .*\(field larger"),
         ("a.csv", b'id,text\n1,"a\n', r"a\.csv, line 2 is not valid CSV"),
         ("a.json", b'["a"', r"a\.json is not valid JSON"),

@@ -19,7 +19,7 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-# A longer metadata field `License` has the text of the licence, not its name.
+# Characters. A longer metadata field `License` has the text of the licence, not its name.
 _SHORT_LICENCE = 40
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
@@ -48,7 +48,7 @@ def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -
         parts.append(part)
 
     def read(position: Any) -> Iterator[Text]:
-        done = position or 0  # number of modules that an earlier run has read
+        done = position or 0  # number of modules that a stopped `download` has read
         left = [module for _, module in modules[done:]]
         tasks = [left[start : start + _MODULES_PER_TASK] for start in range(0, len(left), _MODULES_PER_TASK)]
         texts = chain.from_iterable(ordered_map(read_modules, tasks, num_workers))
@@ -70,14 +70,14 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
         found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingInput(
-            f"{name} {version} is part of the corpus and is not installed: run `make setup`"
+            f"{name} {version} is part of the corpus, but is not installed: run `make setup`"
         ) from error
     if found.version.split("+")[0] != version:  # a suffix such as `+cpu` is ignored
         raise MissingInput(
             f"{name} {found.version} is installed, but params.yaml (download.docstrings.distributions) "
             f"names {version}: run `make setup`, or correct the version in params.yaml"
         )
-    # Since Python 3.12, `found.files` leaves out files that are missing on the disk.
+    # Read RECORD instead of `found.files`, which leaves out missing files since Python 3.12.
     record = csv.reader((found.read_text("RECORD") or "").splitlines())
     modules = []
     left_out = {*exclude, ".."}
@@ -118,9 +118,9 @@ def read_modules(modules: Sequence[Module]) -> list[str]:
 def _read_module(module: Module) -> str:
     try:
         content = module.path.read_bytes()
-        content.decode("utf-8")  # `ast.parse` accepts other encodings, too
+        content.decode("utf-8")  # refuse other encodings, which `ast.parse` accepts
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as warnings about invalid escape sequences
+            warnings.simplefilter("ignore")  # for example, invalid escape sequences
             tree = ast.parse(content)
     except FileNotFoundError as error:
         raise MissingInput(f"{module.path} is missing: {_REPAIR}") from error

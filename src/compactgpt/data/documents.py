@@ -20,7 +20,7 @@ ROW_GROUP_BYTES = 2**21  # UTF-8 bytes of text in a row group
 
 
 class Part(NamedTuple):
-    """A part of a corpus: a distribution, file pattern or split of a data set."""
+    """A part of a corpus: a Python distribution, a file pattern, or a split of a data set."""
 
     name: str
     version: str | None = None
@@ -41,7 +41,7 @@ class Corpus:
     """A source of texts that can be read from any position."""
 
     name: str  # the value of `download.corpus` in params.yaml
-    identity: Any  # a JSON value that changes if the texts may have changed
+    identity: Any  # a JSON value; after a change, shards of a stopped run are not used
     parts: Sequence[Part]  # in reading order
     read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; for None, all texts
     lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
@@ -87,9 +87,9 @@ def check_size(size: int, what: str, key: str, megabytes: int) -> None:
 
 
 def text_of_row(row: Any, where: str, column: str, key: str) -> str:
-    """Return the text of a row: the row itself, or the value in its `column`.
+    """Return the text of a row: the value in its `column`, or the row itself if the row is a string.
 
-    Raises BadData if the row has no text. The message names `{key}.text_column`.
+    Raises BadData if the row has no text. `key` is the section of params.yaml with `text_column`.
     """
     text = row.get(column) if isinstance(row, dict) else row
     if isinstance(text, str):
@@ -134,7 +134,7 @@ def write_shards(
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 missing -= size
                 group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
-        # No document of the next shard was taken yet: here the caller can store how far it has read.
+        # The caller can store its position now: no document of the next shard was taken yet.
         yield path
 
 
@@ -142,7 +142,7 @@ def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document]
     """Take documents until they have `min_bytes` of text; return them and the size of their text."""
     group: list[Document] = []
     size = 0
-    # Test the size before `next`: a full group takes no further document.
+    # Test the size before `next`, so that a full group takes no further document.
     while size < min_bytes and (document := next(documents, None)) is not None:
         group.append(document)
         size += len(document.text.encode("utf-8"))

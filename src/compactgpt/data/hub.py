@@ -56,7 +56,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
 def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, advice: str) -> None:
     """Check that the hub has the repository `owner/name` at a commit or branch.
 
-    Raises the errors of `hub_errors`.
+    Raises BadConfig if not, and Unreachable if the hub does not answer.
     """
     from huggingface_hub import HfApi
 
@@ -67,7 +67,8 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
     """Return a model's folder in the hub's cache; download it if needed.
 
-    Raises the errors of `hub_errors`, and BadData if a weights file is damaged.
+    Raises BadData if a weights file is damaged, BadConfig if the hub lacks the model, and Unreachable if
+    the hub does not answer.
     """
     from huggingface_hub import snapshot_download
 
@@ -77,7 +78,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
         with hub_errors(repo, advice):
             folder = Path(snapshot_download(repo, revision=revision, **_WANTED))
     for path in sorted(folder.glob("*.safetensors")):
-        # The path is a link to a file that the cache names by its SHA-256.
+        # The path is a link to a file of the hub's cache, whose name is the SHA-256 of its content.
         blob = path.resolve()
         if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_file(blob) != blob.name:
             raise BadData(f"{path} was altered or damaged: delete {blob} and run the same command again")
@@ -85,7 +86,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
 
 
 def cached_model(repo: str, revision: str) -> Path | None:
-    """Return a model's folder in the hub's cache, or None if files are missing."""
+    """Return a model's folder in the hub's cache, or None if the cache lacks files of the model."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -93,7 +94,7 @@ def cached_model(repo: str, revision: str) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_WANTED))
     except LocalEntryNotFoundError:
         return None
-    # `snapshot_download` also returns a folder in which some files are missing.
+    # Look for each kind of file: `snapshot_download` also returns folders in which files are missing.
     needed = ("config.json", "*.safetensors", "tokenizer*.json")
     return folder if all(any(folder.glob(pattern)) for pattern in needed) else None
 
@@ -113,14 +114,14 @@ def check_model_folder(name: str, spec: Folder) -> None:
         raise BadConfig(
             f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but the files in {folder} have "
             f"the hash {found}. If these are the right files, write this hash into params.yaml, or add "
-            f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}'"
+            f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}' to the command"
         )
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
     """Return a data set's file in the hub's cache; download it if needed.
 
-    Raises the errors of `hub_errors`.
+    Raises BadConfig if the hub lacks the data set, and Unreachable if the hub does not answer.
     """
     from huggingface_hub import hf_hub_download
 
@@ -139,7 +140,7 @@ def _cached_file(repo: str, file: str, revision: str) -> Path | None:
 
 
 def local_copy(params: HubCorpus) -> Path | None:
-    """Return the folder or text file to read instead of the hub, or None if there is no copy.
+    """Return the folder or text file to read instead of the hub, or None without a local copy.
 
     Raises MissingInput if the folder `download.hub.mirror` does not exist.
     """
@@ -154,7 +155,7 @@ def local_copy(params: HubCorpus) -> Path | None:
 def check_data_set(params: HubCorpus) -> None:
     """Check that the data set of params.yaml has a local copy or is on the hub.
 
-    Raises the errors of `hub_errors`, and BadConfig if params.yaml names no commit.
+    Raises BadConfig if its commit is missing or unknown, and Unreachable if the hub does not answer.
     """
     chosen, key = params.sets[params.name], f"download.hub.sets.{params.name}"
     if local_copy(params) is not None:
@@ -164,7 +165,7 @@ def check_data_set(params: HubCorpus) -> None:
             f"{key}.revision is empty: write a commit there (40 hex digits), as shown by "
             f"`git ls-remote https://huggingface.co/datasets/{chosen.repo}`"
         )
-    advice = f"correct {key}, or name a copy of the repository in download.hub.mirror"
+    advice = f"correct {key}, or set download.hub.mirror to a local copy of the data set"
     if chosen.file is not None:
         get, copy = f"curl -fLo {chosen.file} {chosen.file_url}", f"cp YOUR_COPY {chosen.file}"
         advice = f"bring the text: {get} (with a network), or {copy} (if you have the file)"
@@ -174,7 +175,8 @@ def check_data_set(params: HubCorpus) -> None:
 def check_sources(params: Params) -> None:
     """Check that the models, task files and corpus of params.yaml are local or on the hub.
 
-    Raises the errors of `check_model_folder` and `check_data_set`.
+    Raises MissingInput if a local file is missing, BadConfig for a wrong hash or an unknown commit, and
+    Unreachable if the hub does not answer.
     """
     # Command-line setting that names a local copy -> (kind of repository, owner/name, commit).
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
@@ -208,7 +210,7 @@ def check_sources(params: Params) -> None:
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
     """Upload a model folder in Hugging Face format; return the commit's URL.
 
-    If the repository is missing, it is created. Raises the errors of `hub_errors`.
+    Creates a missing repository. Raises BadConfig or Unreachable if the hub refuses or does not answer.
     """
     from huggingface_hub import HfApi
 

@@ -1,6 +1,6 @@
 """Read a data set of the Hugging Face hub as a corpus.
 
-The library `datasets` streams its rows. A local text file is a data set of one row.
+The library `datasets` streams the rows of the data set. A local text file is a data set of one row.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ _PROGRESS_ROWS = 1000
 
 
 class _Position(NamedTuple):
-    """Where a stopped run resumes to read a data set."""
+    """The position in a data set from which the stage `download` resumes after a stop."""
 
     split: int = 0  # index in `HubSet.splits`
-    rows: int = 0  # number of rows to skip
-    state: Any = None  # state of the `datasets` iterator after these rows
-    texts: int = 0  # number of texts to skip in the next row
+    rows: int = 0  # number of rows of the split to skip
+    state: Any = None  # state of the `datasets` iterator after the skipped rows
+    texts: int = 0  # number of texts to skip in the row after the skipped rows
 
 
 class _Row(NamedTuple):
@@ -34,7 +34,7 @@ class _Row(NamedTuple):
 
 
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
-    """Return the data set `download.hub.name` as a corpus; the first read opens it."""
+    """Return the data set `download.hub.name` as a corpus; `Corpus.read` opens the data set."""
     data_set = _DataSet(params)
     chosen, copy = data_set.chosen, data_set.copy
     paths = sorted(path for path in [copy, *copy.rglob("*")] if path.is_file()) if copy else []
@@ -73,7 +73,7 @@ class _DataSet:
         self._max_row_megabytes = params.max_row_megabytes
 
     def check_hash(self) -> None:
-        """Read all text and compare its SHA-256 with the hash in params.yaml, if there is one."""
+        """Raise BadData if the text has not the SHA-256 of params.yaml; without this hash, do nothing."""
         if self.chosen.sha256 is None:
             return
         hasher = hashlib.sha256()
@@ -108,7 +108,7 @@ class _DataSet:
             first = first or row
             joined.append(row.text)
             size += len(row.text)
-            # If no row matches `opens_document`, this check stops before all rows are in memory.
+            # Check each row: if no row matches `opens_document`, all rows would be joined in memory.
             where = f"{self.names[split]}:{first.number}"
             check_size(size, where, "max_row_megabytes", self._max_row_megabytes)
         if first:
@@ -131,14 +131,14 @@ class _DataSet:
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)  # `_errors` reports the errors
+        datasets.logging.set_verbosity(logging.CRITICAL)  # no second message: `_errors` reports the errors
         if self._is_text:
-            # `sample_by` makes the complete file one row.
+            # "document" makes the complete file one row.
             options = {"data_files": str(self.copy), "sample_by": "document", "split": "train"}
             return datasets.load_dataset("text", **options, streaming=True)
         source, revision = self.chosen.repo, self.chosen.revision
         if self.copy is not None:
-            # The library may take a relative path for a repository name.
+            # An absolute path, since `datasets` may take a relative path for a repository name.
             source, revision = str(self.copy.resolve()), None
         return datasets.load_dataset(
             source, self.chosen.config, split=split, revision=revision, streaming=True

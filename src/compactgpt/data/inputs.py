@@ -12,10 +12,10 @@ from compactgpt.common.sections import read_yaml
 
 
 def check_dependencies(root: Path) -> None:
-    """Check the files and folders that the stages of dvc.yaml depend on; see `check_files`."""
+    """Raise BadData if DVC can't read a dependency in dvc.yaml, such as a named pipe or a broken link."""
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     names = {name for stage in stages.values() for name in stage.get("deps") or []}
-    for name in sorted(name for name in names if "${" not in name):  # a name with `${` is a stage's output
+    for name in sorted(name for name in names if "${" not in name):  # skip outputs of stages: `${` in a name
         path = root / name
         if path.is_dir():
             check_files(path)
@@ -28,7 +28,7 @@ def check_files(folder: Path) -> None:
 
     Raises BadData, for example for a named pipe, a broken link or a link to a folder.
     """
-    for parent, folders, files in os.walk(folder):  # `folders` includes links to folders
+    for parent, folders, files in os.walk(folder):  # `folders` has links to folders, too
         for name in (*folders, *files):
             try:
                 name.encode("utf-8")
@@ -52,9 +52,9 @@ def _check_regular(path: Path) -> None:
 
 
 def require_corpus(original: Path) -> None:
-    """Check that the current folder, a copy of the repository, has the whole corpus.
+    """Check that the current folder, DVC's copy of the repository `original`, has all files of corpus/.
 
-    `original` is the repository that DVC has copied. Raises MissingInput if files are missing.
+    Raises MissingInput if files are missing.
     """
     names = {path.name for path in (original / "corpus").glob("[!.]*")}
     if missing := sorted(name for name in names if not Path("corpus", name).exists()):

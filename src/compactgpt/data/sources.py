@@ -50,8 +50,8 @@ class Limits(NamedTuple):
 class Collected:
     """The counts and the finished shards of a corpus that was read up to `position`."""
 
-    documents: list[int]  # number of kept documents of each part
-    bytes: list[int]  # UTF-8 bytes of kept text of each part
+    documents: list[int]  # number of kept documents, for each part of the corpus
+    bytes: list[int]  # UTF-8 bytes of kept text, for each part of the corpus
     left_out: dict[str, int]  # reason, such as "empty" -> number of texts that were left out
     position: Any = None  # `Text.position` of the last counted text; None before the first text
     # Name of a shard -> {"documents": number of documents, "bytes": UTF-8 bytes of their text}.
@@ -68,7 +68,7 @@ def open_corpus(params: Download, root: Path, num_workers: int, progress: Progre
 
 
 def corpus_name(params: Download) -> str:
-    """Return the name of the corpus in reports."""
+    """Return the name that reports show for the corpus."""
     if params.corpus == "docstrings":
         return "docstrings"
     if params.corpus == "hub":
@@ -109,9 +109,9 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
         for name in collected.shards:
             try:
                 os.link(state / name, temporary / name)
-            except OSError:  # the file system has no hard links
+            except OSError:  # copy if the file system has no hard links
                 shutil.copyfile(state / name, temporary / name)
-        # The shards have the documents of the first part, then those of the second part, and so on.
+        # The ids come in the order of `corpus.parts`, so `islice` takes the ids of one part.
         ids = _read_ids(state, collected.shards)
         facts["sources"] = []
         for part, number, size in zip(corpus.parts, collected.documents, collected.bytes, strict=True):
@@ -131,15 +131,15 @@ def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
         # A stopped run can leave a shard that progress.json does not list: skip it.
         if group.path.name in shards:
             for document_id, _ in read_names(group):
-                yield bytes.fromhex(document_id)  # bytes need half the memory of hex digits
+                yield bytes.fromhex(document_id)  # bytes: half the memory of hex digits
 
 
 def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Collected:
-    """Write the shards into `folder`, except the shards that an earlier run has finished."""
+    """Write a corpus as shards into `folder`; keep the shards that a stopped `download` has finished."""
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
-    # Another version of pyarrow may write the same shard with other bytes.
+    # Shards of another pyarrow version are not kept: their bytes may differ for the same documents.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     key = hashlib.sha256(json_bytes(inputs)).hexdigest()
     path = folder / "progress.json"
@@ -171,7 +171,7 @@ def _select(
     """Yield the documents to keep; count kept and left-out texts in `collected`."""
     max_documents = limits.max_documents or sys.maxsize
     max_bytes = limits.max_bytes or sys.maxsize
-    # Test the limit before `next`: no text after the last document is read.
+    # Test the limit before `next`, so that no text is read after the last kept document.
     while sum(collected.documents) < max_documents and (text := next(texts, None)) is not None:
         # Store the position of left-out texts, too: a resumed run must not count them again.
         collected.position = text.position
@@ -184,7 +184,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(collected.bytes) + size > max_bytes:
-            return  # not `continue`: the kept documents are the beginning of the corpus
+            return  # not `continue`: kept documents must be the beginning of the corpus
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of the text file `name`.
 
-    A document ends soon after `max_characters`; the caller must refuse a longer document.
+    A document over `max_characters` ends soon after this limit; the caller must refuse the document.
     Raises BadData if the file is not UTF-8.
     """
     # A document has at least `least` characters, and ends soon after `most` characters.
@@ -88,7 +88,7 @@ def _cut(
 ) -> Iterator[list[Line]]:
     """Yield the lines of each piece.
 
-    A piece ends at the first boundary after `least` characters, or after `most` characters.
+    A piece ends at the first boundary (see `_is_boundary`) after `least` characters, or after `most`.
     """
     previous: list[Line] = []  # the piece before the current piece
     current: list[Line] = []
@@ -110,7 +110,7 @@ def read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
 
     A line over `max_bytes` is cut, if possible at a space. Raises BadData if the file is not UTF-8.
     """
-    # A part may end inside a character: the decoder keeps these bytes for the next part.
+    # `readline(max_bytes)` may end inside a character: the decoder keeps its bytes for the next call.
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, is_start, rest = 1, True, ""
     content = file.readline(max_bytes).removeprefix(codecs.BOM_UTF8)

