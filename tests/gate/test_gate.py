@@ -222,7 +222,10 @@ def test_the_noise_is_that_of_the_seeds_or_an_assumption_that_the_verdict_names(
     for pair in ((now, now), (other_recipe, now), (now, other_recipe)):
         found = references.read_noise(path, *pair, SETTINGS)
         assert (found.deviation, found.degrees_of_freedom) == (np.std([4.0, 4.03, 3.98], ddof=1), 2)
-        assert "the losses of 3 seeds deviate by 0.0252 nats per token" in found.source
+        assert (
+            "the losses of 3 runs with different seeds have a standard deviation of 0.0252 nats per token"
+            in found.source
+        )
 
 
 # --- what is compared with ---------------------------------------------------------------------------------

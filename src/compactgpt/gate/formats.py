@@ -88,7 +88,7 @@ def _make_chart(curve: Sequence[Mapping[str, float | None]]) -> dict[str, Any] |
     if len(known) < 2:
         return None
     steps, *losses = np.array(known, np.float64).T
-    # Mermaid draws the points of a line at equal distances.
+    # Choose steps at equal distances, because Mermaid draws the points of a line at equal distances.
     even = np.linspace(steps[0], steps[-1], min(len(known), _MOST_POINTS))
     lines = np.array([np.interp(even, steps, values) for values in losses]).round(3)  # (2 curves, points)
     return {

@@ -35,22 +35,22 @@ class Noise:
     source: str  # a sentence for the verdict: where the deviation comes from
 
     def quantile(self, level: float) -> float:
-        """Return the difference of loss that two runs exceed by chance with the probability `level`."""
+        """Return the largest rise of the loss between two runs that chance explains at this level."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The losses of a model on each document of the val split."""
+    """The total loss of a model on each document of the val split."""
 
     ids: tuple[str, ...]
     tokens: Array  # (documents,)
-    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> (documents,)
+    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> total losses, (documents,)
     of: int  # number of documents in the complete val split
 
     def select(self, ids: tuple[str, ...]) -> "Documents":
-        """Return the losses of the documents `ids`."""
+        """Return the losses on the documents with these ids only."""
         row_of = {name: row for row, name in enumerate(self.ids)}
         rows = [row_of[name] for name in ids]
         nats = {metric: values[rows] for metric, values in self.nats.items()}
@@ -62,13 +62,14 @@ class Snapshot:
     """The metrics, parameters and hashes of one version of the project, which the gate compares."""
 
     name: str  # name of this version in the verdict
-    # Settings of the measurement: `val` -> SHA-256 of the val split; `window`, `own.stride` -> tokens
+    # Evaluation settings: `val` -> SHA-256 of the val split; `window`, `own.stride` -> tokens. If they
+    # differ, the gate fails.
     fingerprint: Mapping[str, Any]
     data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256
     params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
     figures: Mapping[str, float]  # metric -> value
     baselines: Mapping[str, float]  # baseline -> loss, nats per token
-    # task -> `items_sha256`, and `hits`: a digit per item, 1 if the model's answer is right
+    # task -> `items_sha256` (hash of all items) and `hits` (a digit per item, 1: the answer is right)
     tasks: Mapping[str, Mapping[str, str]]
     documents: Documents
     reason: str = ""  # why a person accepted this version as the reference
@@ -87,7 +88,7 @@ class Check:
     says: str
     then: float | None = None  # value of the accepted version
     now: float | None = None  # value of the new version
-    change: float | None = None  # relative rise of the perplexity, or fall of the accuracy; above 0: worse
+    change: float | None = None  # relative rise of a perplexity, or fall of an accuracy; above 0: worse
     bounds: tuple[float, float] | None = None  # confidence interval of `change`
     tolerance: float | None = None
 
@@ -97,8 +98,8 @@ class Verdict:
     """The results of all checks of the gate."""
 
     against: str  # name of the accepted version
-    reason: str  # why a person accepted this version
-    guards: list[Check] = field(default_factory=list)  # checks that come before the metrics
+    reason: str  # why a person accepted the version `against`
+    guards: list[Check] = field(default_factory=list)  # checks of the val split, parameters, baselines, ...
     metrics: list[Check] = field(default_factory=list)
     watched: list[Check] = field(default_factory=list)  # rows that are only shown: they can't fail
     # Rows of reports/loss.csv of the new version: `step`, `train_loss` and `val_loss`.
@@ -149,7 +150,7 @@ def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
     if not set(then.documents.ids) <= set(now.documents.ids):
         return Check("validation", "fail", "not comparable: the reference has documents that are missing now")
     split = _shorten(now.fingerprint["val"])
-    return Check("validation", "pass", f"the same val split, {split}, in the same windows")
+    return Check("validation", "pass", f"both versions use the val split {split} and the same windows")
 
 
 def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -160,17 +161,17 @@ def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def _shorten(value: Any) -> str:
     text = str(value)
-    return text[:12] if len(text) == 64 else text  # a SHA-256 has 64 digits
+    return text[:12] if len(text) == 64 else text  # shorten a SHA-256, which has 64 digits
 
 
 def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
     """Return a line for each changed parameter or hash that can affect the metrics."""
     without: tuple[str, ...] = _NO_EFFECT
     if then.data == now.data:
-        without += ("download.", "tokenization.")  # these parameters affect only the data
+        without += ("download.", "tokenization.")  # these affect only the data, which is equal
 
     def acting(params: Mapping[str, Any]) -> dict[str, Any]:
-        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # `params` has lists as JSON
+        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # `params` stores a list as JSON
         in_use = tuple(f"baseline.specs.{name}." for name in names)
         used = (key for key in params if key.startswith(in_use) or not key.startswith("baseline.specs."))
         return {key: params[key] for key in used if not key.startswith(without)}
@@ -189,9 +190,9 @@ def _check_parameters(differences: list[str]) -> Check:
 def _check_baselines(
     then: Snapshot, now: Snapshot, settings: Regression, *, explained: bool
 ) -> Iterator[Check]:
-    """Yield a check for each baseline whose loss changed; if there is none, one passed check.
+    """Yield a check for each baseline whose loss changed, or one passed check if no loss changed.
 
-    A changed loss is a failure, or a warning if `explained`: parameters or data changed, too.
+    A changed loss fails the gate; if parameters or data changed, too (`explained`), it is a warning.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -201,7 +202,7 @@ def _check_baselines(
         status: Status = "warn" if explained else "fail"
         yield Check(f"baseline.{name}", status, says, before[name], after[name])
     if shared and not moved:
-        yield Check("baselines", "pass", f"baselines with the same loss as before: {len(shared)}")
+        yield Check("baselines", "pass", f"baselines with the same loss in both versions: {len(shared)}")
 
 
 def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: Noise) -> Iterator[Check]:
@@ -221,7 +222,7 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
             yield _check_accuracy(then, now, name, settings.tolerances[name], level)
         elif name in hits:
             right, of = hits[name].count("1"), len(hits[name])
-            says = f"can't fail: the reference has only {right} right answers of {of:,}"
+            says = f"can't fail: too few right answers in the reference ({right} of {of:,})"
             yield Check(name, "info", says, before, after)
         else:
             yield _check_perplexity(then, now, name, settings.tolerances[name], noise, level)
@@ -233,13 +234,15 @@ def choose_accuracies(
     """Return the accuracies that can fail, and the significance level of each test.
 
     `hits`: accuracy -> a digit per item, 1 if the accepted model's answer is right.
+    `has_perplexity`: whether a perplexity is tested, too. All tests share `false_alarms`.
     """
-    # At worst, the new model loses all n right answers: then the p-value of McNemar's test is 0.5^n.
+    # An accuracy can fail if its lowest p-value can reach the level. McNemar's test (null hypothesis: both
+    # models are equally good) gives 0.5^n if the new model loses all n right answers.
     lost = {name: found.count("1") for name, found in hits.items()}
     able = [name for name in hits if lost[name] > settings.tolerances[name] * len(hits[name])]
     able.sort(key=lambda name: -lost[name])
     while able and 0.5 ** lost[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
-        able.pop()  # drops the accuracy with the fewest right answers; the level of the other tests rises
+        able.pop()  # remove the fewest right answers: with fewer tests, each test's level rises
     return able, settings.false_alarms / max(1, has_perplexity + len(able))
 
 
@@ -255,23 +258,26 @@ def _check_perplexity(
 
 
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
-    """Return the relative rise of the perplexity, with its confidence interval.
+    """Return the relative rise of the perplexity, with its confidence interval (1 - 2 * `level`).
 
-    `nats` is of the new model, `nats_then` of the accepted model. Arrays are (documents,).
+    `nats` are losses of the new model, `nats_then` of the accepted model. Arrays are (documents,).
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
     scored = tokens > 0
     found = ratio_interval((nats - nats_then)[scored], tokens[scored], confidence=1 - 2 * level)
     between_runs = noise.quantile(level)
-    # The two errors are independent, so their squares add up.
+    # The errors from the choice of documents and from the runs' noise are independent: their squares add up.
     low = found.value - math.hypot(found.value - found.low, between_runs)
     high = found.value + math.hypot(found.high - found.value, between_runs)
     return Interval(found.value, low, high).map(math.expm1)
 
 
 def decide(change: Interval, tolerance: float) -> Status:
-    """Return `fail` if the change is above the tolerance and surely above 0; `warn` if only one is true."""
+    """Return `fail` if the change exceeds the tolerance and its interval is above 0.
+
+    Return `warn` if only one of the two is true, otherwise `pass`.
+    """
     beyond, sure = change.value > tolerance, change.low > 0
     return "fail" if beyond and sure else "warn" if beyond or sure else "pass"
 

@@ -36,7 +36,7 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import flatten, tracking_store
 
-SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed only
+SEEDS = "results/seeds.json"  # losses of training runs that differ only in their seeds
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
 # Fields of `Snapshot` that the file of an accepted reference has, too.
@@ -77,7 +77,9 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
             throughput = float(read_json(bench)["engines"]["ours"]["ratio"])
         except (LookupError, TypeError, ValueError) as error:
             advice = "write it with `benchmarks/training.py --json`"
-            raise BadData(f"{bench} has no engines.ours.ratio: {advice}") from error
+            raise BadData(
+                f"{bench} has no engines.ours.ratio (our training speed over nanoGPT's): {advice}"
+            ) from error
     then, now = read_reference(against, root), read_present(root)
     noise = read_noise(root / SEEDS, then, now, settings)
     curve = read_curve(root / "reports/loss.csv")
@@ -87,7 +89,7 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
     """Return the noise between training runs, from the runs with different seeds in the file `path`.
 
-    Returns `regression.fallback_noise` if the file has no runs with these settings and documents.
+    Returns `regression.fallback_noise` if the file is missing, or its val split or settings differ.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -99,7 +101,10 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
     else:
         losses = [run.loss for run in sweep.runs]
         deviation = statistics.stdev(losses)
-        says = f"the losses of {len(losses)} seeds deviate by {deviation:.4f} nats per token ({SEEDS})"
+        says = (
+            f"the losses of {len(losses)} runs with different seeds have a standard deviation of "
+            f"{deviation:.4f} nats per token ({SEEDS})"
+        )
         return Noise(deviation, len(losses) - 1, says)
     assumed = settings.fallback_noise
     says = f"{SEEDS} {problem}: assumed noise {assumed} nats per token (regression.fallback_noise)"
@@ -114,7 +119,7 @@ def read_present(root: Path) -> Snapshot:
 def read_reference(name: str, root: Path) -> Snapshot:
     """Read a reference: `champion`, a .json file from `accept`, or a commit, branch, tag or DVC experiment.
 
-    Raises MissingInput, BadData, or BadConfig for an unknown name.
+    Raises BadConfig for an unknown name, MissingInput without reports, and BadData for damaged files.
     """
     if name.endswith(".json"):
         return read_accepted(root / name)
@@ -151,9 +156,9 @@ def _read_champion(root: Path) -> Snapshot:
 
 
 def _read_version(name: str, version: Place, totals: Path) -> Snapshot:
-    """Read the reports, parameters and losses by document of one version of the project.
+    """Read the reports and parameters of a version of the project, and its losses from the file `totals`.
 
-    Raises MissingInput or BadData.
+    Raises MissingInput if a report is missing, and BadData if a file is damaged.
     """
 
     def report(path: str, schema: type[Any]) -> Any:
@@ -215,7 +220,7 @@ def _read_documents(path: Path, reported: float) -> Documents:
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
     """Write `snapshot` as the accepted reference, with at most `max_documents` documents.
 
-    Raises BadConfig without a reason, and NotAllowed if `path` is another kind of file.
+    Raises BadConfig without a reason, and NotAllowed if `path` is a file that `accept` did not write.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
@@ -256,7 +261,7 @@ def read_accepted(path: Path) -> Snapshot:
 def promote(root: Path, reason: str = "") -> str:
     """Make the model in models/ the champion of the model registry, and return its version number.
 
-    Raises CheckFailed if the present champion has another configuration and `reason` is empty.
+    Raises CheckFailed if the champion has another configuration than the model, and `reason` is empty.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
