@@ -19,7 +19,7 @@ app = typer.Typer()
 
 
 @app.command()
-def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")]) -> None:
+def trace(name: Annotated[str, typer.Argument(help="The name of a value in reports/evidence.json.")]) -> None:
     """Show where a number comes from: report, stage, inputs, git commit and MLflow run.
 
     Example: compactgpt trace compact.loss
@@ -68,10 +68,14 @@ def diff(
 
 @app.command()
 def gate(
-    against: Annotated[str, typer.Option(help="A .json file, git revision or `champion`.")] = ACCEPTED,
-    accept: Annotated[str, typer.Option(metavar="REASON", help="Make these reports the reference.")] = "",
-    bench: Annotated[Path | None, typer.Option(help="The file of benchmarks/training.py --json.")] = None,
-    promote: Annotated[bool, typer.Option("--promote", help="If it passes, make it the champion.")] = False,
+    against: Annotated[
+        str, typer.Option(help="Reference: a .json file, git revision or `champion`.")
+    ] = ACCEPTED,
+    accept: Annotated[str, typer.Option(metavar="REASON", help="Make reports/ the new reference.")] = "",
+    bench: Annotated[Path | None, typer.Option(help="A file of benchmarks/training.py --json.")] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="If the gate passes, make the model champion.")
+    ] = False,
     markdown: Annotated[Path | None, typer.Option(help="A Markdown file to write.")] = None,
     junit: Annotated[Path | None, typer.Option(help="A JUnit XML file to write.")] = None,
     as_json: AsJson = False,

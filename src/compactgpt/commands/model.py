@@ -148,7 +148,7 @@ def evaluate(
     score = scores[models[0].name]
     echo(
         f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
-        f"windows of {window:,} tokens; tokens are those of the project's tokenizer for every model"
+        f"windows of {window:,} tokens; for every model, tokens are counted with the project's tokenizer"
     )
     rows = [["model", "nats per token", "perplexity", "bits per byte"]]
     for name, score in scores.items():
@@ -164,7 +164,7 @@ def evaluate(
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
-    """Return the documents of a text, and a message if the text is cut."""
+    """Return the documents of a text, and a message about the cuts (empty without cuts)."""
     from compactgpt.config import Files
     from compactgpt.data.splitting import split_text
 
@@ -230,7 +230,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         folder = Path(scratch) / "model"
         _export(folder, model, overwrite=False)
-        (folder / MANIFEST).unlink()  # only this project reads the manifest
+        (folder / MANIFEST).unlink()  # not for the hub: only this project reads the manifest
         for path in sorted(folder.iterdir()):
             echo(f"{path.stat().st_size:>12,}  {path.name}")
         if dry_run:

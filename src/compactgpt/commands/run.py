@@ -45,12 +45,12 @@ def estimate(settings: Settings = None, as_json: AsJson = False) -> None:
 @app.command()
 def init_corpus(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files or folders of text.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply the values without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Change the files without asking.")] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Maximum training time (default: 60).")
     ] = None,
 ) -> None:
-    """Copy your text to corpus/, and fit params.yaml to the text.
+    """Copy your text to corpus/, and set parameters that suit the text in params.yaml.
 
     Prints each changed value, and asks before it writes.
     Example: compactgpt init-corpus my.txt --yes
@@ -148,7 +148,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
 def _run_sweep(name: str, settings: list[str], num_threads: int) -> None:
     from compactgpt.common.device import prepare_process
 
-    prepare_process(num_threads)  # sets environment variables that torch reads when it is imported
+    prepare_process(num_threads)  # sets environment variables: torch reads them during the imports below
     from compactgpt.evaluation.sweep_runs import run_sweep
     from compactgpt.tracking import state_folder
 
@@ -172,7 +172,7 @@ def record_experiment(name: ExperimentName) -> None:
 
 @experiment.command("fit")
 def fit_experiment(name: ExperimentName = "ladder") -> None:
-    """Fit a scaling law to a sweep, and predict the loss of the configured run.
+    """Fit a scaling law to a sweep, and predict the loss of a training with params.yaml.
 
     Also writes the law to results/NAME.json.
     Example: compactgpt experiment fit ladder
@@ -184,7 +184,7 @@ def fit_experiment(name: ExperimentName = "ladder") -> None:
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
 def check() -> None:
-    """Check params.yaml and the files that DVC reads, before a run."""
+    """Check that params.yaml is valid, and that DVC can read every dependency."""
     from compactgpt.config import load_params
     from compactgpt.data.inputs import check_dependencies
 
@@ -214,4 +214,4 @@ def repair() -> None:
     from compactgpt.tracking.dvc_files import restore_lock
 
     if restore_lock(Path()):
-        echo("dvc.lock was incomplete because DVC was killed: restored the copy from the last stage's start")
+        echo("dvc.lock was incomplete because DVC was killed: restored its state at the last stage's start")
