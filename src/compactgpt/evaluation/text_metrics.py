@@ -20,13 +20,13 @@ Tokens = Sequence[int]
 Figure = Callable[[Sequence[Tokens]], float | None]
 SOURCES = {
     "distinct_n": "distinct n-grams / n-grams (Li et al. 2016, A Diversity-Promoting Objective Function)",
-    "seq_rep_4": "1 - distinct 4-grams of a continuation / its 4-grams, summed over continuations first "
-    "(Welleck et al. 2020, Neural Text Generation with Unlikelihood Training, which averages)",
-    "loop_rate": "share that ends in a phrase of two tokens or more three times in a row (Holtzman et al. "
-    "2020, The Curious Case of Neural Text Degeneration, appendix on repetition)",
+    "seq_rep_4": "share of all 4-grams that occurred earlier in the same continuation (Welleck et al. 2020, Neural "
+    "Text Generation with Unlikelihood Training, who take the mean over continuations)",
+    "loop_rate": "share of continuations that end with a phrase of at least two tokens three times in a row "
+    "(Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, appendix on repetition)",
     "zipf": "slope of log frequency over log rank, negated, by least squares (Holtzman et al. 2020)",
-    "tokens": "mean length, cut at the limit",
-    "ended": "share that reached end-of-text before the limit",
+    "tokens": "mean number of tokens of a continuation, which stops at max_new_tokens",
+    "ended": "share of continuations that ended with end-of-text before max_new_tokens",
 }
 
 

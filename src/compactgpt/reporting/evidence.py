@@ -195,7 +195,7 @@ def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
     for law, found_by_law in forecast.laws.items():
         if found_by_law.better_than_guessing:
             name = f"{model}.law.{law}.loss"
-            source = f"{ESTIMATE}: the law {law} as published, not calibrated"
+            source = f"{ESTIMATE}: the scaling law {law}, with its published constants"
             yield Evidence(name, found_by_law.loss, NATS, "estimated", source=source, **about)
 
 
@@ -215,7 +215,10 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
     ratios = {f"parameters.{convention}": sizes[convention] / n for convention, n in counts.items()}
     ratios["flops_per_token"] = note.flops_with_attention / flops_per_token(gpt2)["with_attention"]
     for quantity, ratio in ratios.items():
-        name, source = f"ratio.note_to_gpt2.{quantity}", "ratio of the two counts"
+        name, source = (
+            f"ratio.note_to_gpt2.{quantity}",
+            "the note's model divided by GPT-2 small, both computed",
+        )
         yield Evidence(name, ratio, "share", "computed", NOTE, source, exact=True, report=ESTIMATE)
 
 

@@ -25,7 +25,7 @@ from compactgpt.reporting.small_scale import find_directions
 
 # Experiment with the model and the number of training tokens of `demo`, but nanoGPT's hyperparameters.
 RECIPE = "nanogpt-recipe"
-RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
+RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), trained on the same tokens"
 
 
 class Report(BaseModel):

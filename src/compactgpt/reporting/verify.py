@@ -49,7 +49,7 @@ class Verification:
         """Return the results as lines for the terminal."""
         return [
             *(f"{what}: {number} checked" for what, number in self.checked.items()),
-            *(f"not checked, because it is missing (run `dvc pull`): {path}" for path in self.unchecked),
+            *(f"missing, so not checked (run `dvc pull`): {path}" for path in self.unchecked),
             *([f"differs: {line}" for line in self.differences] or ["nothing differs"]),
         ]
 
