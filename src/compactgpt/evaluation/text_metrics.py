@@ -20,8 +20,8 @@ Tokens = Sequence[int]
 Figure = Callable[[Sequence[Tokens]], float | None]
 SOURCES = {
     "distinct_n": "distinct n-grams / n-grams (Li et al. 2016, A Diversity-Promoting Objective Function)",
-    "seq_rep_4": "share of all 4-grams that occurred earlier in the same continuation (Welleck et al. 2020, Neural "
-    "Text Generation with Unlikelihood Training, who take the mean over continuations)",
+    "seq_rep_4": "share of all 4-grams that occurred earlier in the same continuation (Welleck et al. 2020, "
+    "Neural Text Generation with Unlikelihood Training, who take the mean over continuations)",
     "loop_rate": "share of continuations that end with a phrase of at least two tokens three times in a row "
     "(Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, appendix on repetition)",
     "zipf": "slope of log frequency over log rank, negated, by least squares (Holtzman et al. 2020)",
