@@ -154,7 +154,7 @@ def test_other_files_and_the_current_folder_are_refused(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for folder in (tmp_path / "here", tmp_path):
-        assert_refused(folder, "has the current folder in it", private=True)
+        assert_refused(folder, "has the current folder in it", force=True)
 
 
 def test_files_that_appear_in_the_folder_meanwhile_are_kept(tmp_path):
@@ -179,5 +179,5 @@ def test_a_link_to_an_earlier_output_stays_a_link(tmp_path):
 def test_a_damaged_folder_under_state_is_replaced(tmp_path):
     write_output(tmp_path / "state", kind="state")
     (tmp_path / "state/manifest.json").write_bytes(b"")
-    write_output(tmp_path / "state", kind="state", private=True)
+    write_output(tmp_path / "state", kind="state", force=True)
     assert storage.verified_manifest(tmp_path / "state")["kind"] == "state"

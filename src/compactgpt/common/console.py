@@ -27,11 +27,11 @@ class Progress(Protocol):
     """The type of a function that shows how much of a long computation is done."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-        """Show that `done` of `total` units are finished."""
+        """Show that `done` of `total` units are finished, and `figures`: values by name, as text."""
 
 
 def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-    """Show no progress: the default value of each argument `progress`."""
+    """Show nothing. This function is the default value of arguments named `progress`."""
 
 
 class ProgressBar:
@@ -43,12 +43,12 @@ class ProgressBar:
         self._next_line = 0.0
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-        """Show that `done` of `total` units are finished."""
+        """Show that `done` of `total` units are finished, and `figures`: values by name, as text."""
         if sys.stderr.isatty():
             self._draw(done, total, figures)
         elif time.monotonic() >= self._next_line or done == total:
             self._next_line = time.monotonic() + 15
-            amount = f"{done:,} of {total:,}" if total else f"{done:,}"  # a total of 0 is unknown
+            amount = f"{done:,} of {total:,}" if total else f"{done:,}"  # 0: unknown total
             extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
             report(f"{self.name}: {amount} {self.unit}{extra}")
 
@@ -78,11 +78,12 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         user_error = _user_error_of(error)
         if user_error is None:  # a bug, which needs its traceback
             raise
-        # Each process of a distributed training can raise the same error. Only the main process prints it.
+        # If all processes raise the same error, only the main process prints it. The following errors may
+        # occur in a single process, which prints them.
         single_process_errors = BadData | DiskFull | MissingInput | OutOfMemory
         if dist_info().is_main_process or isinstance(user_error, single_process_errors):
             report(f"error: {user_error}")
-        # torchrun sends SIGTERM to all processes when one fails, which would change this exit code.
+        # Ignore SIGTERM: torchrun sends it to all processes if one fails, which would change this exit code.
         if under_torchrun():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(user_error.exit_code) from error
@@ -99,7 +100,7 @@ def _user_error_of(error: Exception) -> UserError | None:
         if error.errno == errno.EIO:
             return DiskFailed(f"the disk failed ({name}): check the disk, then run the command again")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return DiskFull(f"no space left on the disk ({name}): free some, then run the command again")
+            return DiskFull(f"no space left on the disk ({name}): free space, then run the command again")
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             advice = "run in a folder where you may read and write, or change its permissions"
             return NotAllowed(f"{name}: {error.strerror}: {advice}")
@@ -107,11 +108,11 @@ def _user_error_of(error: Exception) -> UserError | None:
 
 
 def _extra_with(module: str) -> str:
-    """Return the extra of this package that installs a module, such as `pipeline`, or an empty string."""
+    """Return the extra of this package that installs `module`, or an empty string."""
     from importlib import metadata  # this import takes 50 ms, and only an error message needs it
 
     package = module.partition(".")[0].replace("_", "-")
-    with suppress(metadata.PackageNotFoundError):  # a checkout may not be installed
+    with suppress(metadata.PackageNotFoundError):  # raised if this package is not installed
         for line in metadata.requires("compactgpt") or []:
             # Example: `dvc>=3.67; extra == "pipeline"`. The module `dvc` must not match `dvc-s3`.
             found = re.match(rf"{package}(?![\w.-]).*extra == ['\"](\w+)['\"]", line.replace("_", "-"))

@@ -45,10 +45,10 @@ def prepare_heap() -> bool:
 
 
 def prepare_process(num_threads: int) -> None:
-    """Set up the memory, and set the number of CPU threads that torch uses."""
+    """Make memory allocation faster (`prepare_heap`), and set the number of CPU threads that torch uses."""
     prepare_heap()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    # How often a waiting thread loops before it sleeps. libgomp's default of 300,000 can block a core.
+    # How often a waiting OpenMP thread loops before it sleeps. libgomp's default of 300,000 can block a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 

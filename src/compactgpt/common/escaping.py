@@ -7,9 +7,9 @@ from compactgpt.common.errors import printable
 # Markup of CommonMark and of GitHub's extensions.
 _MARKUP = re.compile(
     r"[\\`*\[\]|~$]"
-    r"|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word, as in `n_head`, is not markup
-    r"|(?<=:)/(?=/)|(?<=www)\."  # links such as https://x.org and www.x.org
-    r"|^[-+#](?=[\s#])|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)",  # at the start: a list or a heading
+    r"|(?<![^\W_])_|_(?![^\W_])"  # `_` is markup, except inside a word, as in `n_head`
+    r"|(?<=:)/(?=/)|(?<=www)\."  # GitHub makes links of https://x.org and www.x.org
+    r"|^[-+#](?=[\s#])|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)",  # the start of a list or a heading
     re.IGNORECASE,
 )
 # An invisible space after `@` keeps GitHub from reading `@name` as a user.

@@ -14,7 +14,7 @@ _SUFFIXES = {
     ".cfg", ".css", ".csv", ".html", ".in", ".ini", ".j2", ".json", ".lock", ".md", ".py", ".pyi", ".sh",
     ".toml", ".txt", ".yaml", ".yml",
 }  # fmt: skip
-_MAX_BYTES = 1_000_000  # the largest diff that is logged with a run
+_MAX_BYTES = 1_000_000  # the largest diff that is logged with an MLflow run
 
 
 def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
@@ -86,7 +86,7 @@ def _reason_to_leave_out(path: Path, name: str, limit: int) -> str:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user can read, for any umask."""
+    """Write a file that only this user can read, whatever the umask is."""
     path.unlink(missing_ok=True)  # an existing file would keep its permissions
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

@@ -28,7 +28,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def _mistakes(self) -> Iterator[str]:
-        """Yield a message for each rule between several keys that the section breaks."""
+        """Yield a message for each mistake that involves several keys. Subclasses override this method."""
         yield from ()
 
     @model_validator(mode="after")
@@ -105,7 +105,7 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # Not a key: pydantic adds the kind of a baseline, such as `unigram`, to the path.
+            # Skip what is not a key: pydantic adds the kind of a baseline, such as `unigram`, to the path.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))
@@ -126,11 +126,12 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
 
 
 def _keys_at(section: type[Section], path: list[str]) -> list[str]:
-    """Return the keys that are allowed at this path inside a section."""
+    """Return the keys that are allowed at `path` inside `section`."""
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
-        if fields:  # no field: `part` is an index of a list, or a name that the user chose
+        # If `part` is an index of a list, or a name that the user chose, the sections stay the same.
+        if fields:
             sections = [found for field in fields for found in _sections_in(field)]
     return sorted({key for each in sections for key in each.model_fields})
 

@@ -73,7 +73,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:
-        with suppress(OSError):  # on failure, the next writer of `path` deletes the temporary file
+        with suppress(OSError):  # if this fails, the next writer of `path` deletes the file
             temporary.unlink(missing_ok=True)
 
 
@@ -138,17 +138,18 @@ def atomic_folder(
     folder: Path,
     facts: dict[str, Any] | None = None,  # more keys for the manifest; the `with` block may change them
     *,
-    kind: str = "",  # the kind of content, which the manifest names
-    overwrite: bool = False,  # replace changed files, too, but not added files
-    private: bool = False,  # replace all files: for folders under .state only
+    kind: str = "",  # the kind of content, such as `model`, for the manifest
+    overwrite: bool = False,  # allow changed files in `folder`, but not added files
+    force: bool = False,  # allow any files in `folder`: only for folders under .state
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    Raises NotAllowed if a file of `folder` was added, changed, or written as another `kind`.
+    Raises NotAllowed, and keeps `folder`, if it has another `kind`, or if files were added or changed since
+    it was written.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
-    _check_replaceable(target, kind, overwrite=overwrite, private=private)
+    _check_replaceable(target, kind, overwrite=overwrite, force=force)
     try:
         make_folder(target.parent)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -156,19 +157,19 @@ def atomic_folder(
         yield temporary
         _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
         # The second check: a user may have changed `folder` during the `with` block.
-        _check_replaceable(target, kind, overwrite=overwrite, private=private)
+        _check_replaceable(target, kind, overwrite=overwrite, force=force)
         _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, private: bool) -> None:
+def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, force: bool) -> None:
     advice = "give a new or an empty folder"
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
         raise NotAllowed(f"{folder} has the current folder in it, or is a mount point: {advice}")
     if folder.exists() and not folder.is_dir():
         raise NotAllowed(f"{folder} is a file: {advice}")
-    if private or not folder.is_dir() or not any(folder.iterdir()):
+    if force or not folder.is_dir() or not any(folder.iterdir()):
         return
     try:
         manifest = read_manifest(folder)
@@ -201,7 +202,7 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     """Replace `folder` with `temporary` by two renames, between which `folder` does not exist."""
     old = temporary_path(folder, "old")
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # an earlier call may have left this folder
+        shutil.rmtree(old, ignore_errors=True)  # an earlier call that failed may have left this folder
         os.rename(folder, old)
     os.rename(temporary, folder)
     fsync_folder(folder.parent)
@@ -211,7 +212,8 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a folder's manifest without a check of the files.
 
-    Its key `files` maps each path to `bytes` and `sha256`. Raises MissingInput or BadData.
+    The manifest's key `files` maps each path to `bytes` and `sha256`. Raises MissingInput if the manifest
+    does not exist, and BadData if it is not valid.
     """
     path = folder / MANIFEST
     manifest: dict[str, Any] = read_json(path)
@@ -235,9 +237,12 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = False) -> str:
-    """Return what is wrong with the first file that was changed or added, or an empty string."""
+    """Return a message about the first file that was added, changed or deleted, or an empty string.
+
+    `added_only` ignores changed and deleted files.
+    """
     listed = {folder / name for name in files}
-    # A subfolder with listed files may have its own manifest, which no manifest lists.
+    # No manifest lists manifests, so those of `folder` and of subfolders with listed files are allowed.
     with_manifest = {folder, *(path.parent for path in listed)}
     for path in sorted(folder.rglob("*")):
         if path in listed or (path.name == MANIFEST and path.parent in with_manifest):

@@ -24,7 +24,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     if num_workers == 1:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("spawn")  # a forked process with threads may hang
+    context = multiprocessing.get_context("spawn")  # `fork` may hang if this process has threads
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
     running: deque[Future[R]] = deque()
     try:

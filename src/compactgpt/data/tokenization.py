@@ -141,7 +141,7 @@ def encode_shard(
         # Packing saves memory: a packed token takes 2 bytes instead of 4.
         for split, chosen in (("train", np.logical_not(in_val)), ("val", in_val)):
             parts[split].append(pack_documents(group.path, compress(rows, chosen), **vocabulary))
-    with atomic_folder(chunk, {"text_bytes": text_bytes}, kind="token chunk", private=True) as temporary:
+    with atomic_folder(chunk, {"text_bytes": text_bytes}, kind="token chunk", force=True) as temporary:
         for split in SPLITS:
             write_tokens(temporary / f"{split}.tokens", parts[split])
     return text_bytes

@@ -20,15 +20,15 @@ Tensors = Mapping[str, Tensor]
 WEIGHTS = "model.safetensors"
 
 
-def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: bool = False) -> None:
+def save_model(model: GPT, folder: Path, best: Path | None = None, *, force: bool = False) -> None:
     """Write the weights and the shape of a model to a folder.
 
-    `best`, the folder of the run's best model, is copied to `folder`/best. `private` replaces `folder` even
+    `best`, the folder of the run's best model, is copied to `folder`/best. `force` replaces `folder` even
     if it has other files.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
-    with atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", private=private) as temporary:
+    with atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", force=force) as temporary:
         write_tensors(temporary / WEIGHTS, model.state_dict())
         write_json(temporary / "config.json", {"model": model.shape.model_dump(mode="json")})
         if best:

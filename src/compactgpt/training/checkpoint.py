@@ -1,4 +1,4 @@
-"""Save and load training states. A state is a folder such as `step-00000200`, in the folder of its run.
+"""Save and load training states. A state is a folder such as `step-00000200` in its training run's folder.
 
 `state.safetensors` has the tensors of the model and the optimizers, and `progress.json` has the losses.
 """
@@ -16,8 +16,8 @@ from compactgpt.common.storage import atomic_folder, read_json, verified_manifes
 from compactgpt.model.weights import check_tensors, read_tensors, write_tensors
 from compactgpt.training.distributed import Group
 
-KEPT_STATES = 2  # states that a run keeps, in case the newest one is damaged
-KEPT_RUNS = 2  # other unfinished runs whose states are kept, so that they can resume
+KEPT_STATES = 2  # states kept per training run: if the newest one is damaged, the other one is used
+KEPT_RUNS = 2  # training runs that can still resume, besides the current one
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def save_state(
 
     def write() -> None:
         facts = {"run_key": run_key, "step": step}
-        state = atomic_folder(folder / f"step-{step:08d}", facts, kind="training state", private=True)
+        state = atomic_folder(folder / f"step-{step:08d}", facts, kind="training state", force=True)
         with state as temporary:
             write_tensors(temporary / TENSORS, full)
             write_json(temporary / PROGRESS, progress)
@@ -54,9 +54,10 @@ def load_newest_state(
     tensors: Mapping[str, Tensor],
     group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> tuple[int, dict[str, Any]] | None:
-    """Copy the newest valid state into `tensors`; return its step and progress, or None without a state.
+    """Copy the newest valid training state into `tensors`; return its step and its progress.json.
 
-    All processes must call this function; only the main process reads the files.
+    Returns None if no state is valid. All processes must call this function; only the main process reads
+    files.
     """
     full: dict[str, Tensor] = {}
 
@@ -81,17 +82,17 @@ def load_newest_state(
 
 
 def _check_manifest(state: Path, run_key: str) -> int:
-    """Verify that a state is unchanged and of this run, and return its step."""
+    """Return the step of a state; raise BadData if the state was changed or its run key differs."""
     manifest = verified_manifest(state)
     step = int(state.name.removeprefix("step-"))
     if (manifest.get("run_key"), manifest.get("step")) != (run_key, step):
-        raise BadData(f"{state / 'manifest.json'} belongs to another run or another step")
+        raise BadData(f"{state / 'manifest.json'} belongs to another training run or another step")
     return step
 
 
-def prune_runs(folder: Path, key: str) -> None:
-    """Delete the folders of old runs in `folder`, except `key` and the KEPT_RUNS newest others."""
-    others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != key]
+def prune_runs(folder: Path, run_key: str) -> None:
+    """Delete the states of old training runs in `folder`; keep `run_key` and the KEPT_RUNS newest others."""
+    others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != run_key]
     for old in sorted(others, key=lambda run: run.stat().st_mtime_ns)[:-KEPT_RUNS]:
         shutil.rmtree(old)
 

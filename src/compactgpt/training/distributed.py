@@ -1,7 +1,7 @@
 """Train one model with several processes, started by `launch` or torchrun.
 
-Each process trains on a slice of the batch. In mode `fsdp`, it holds only a part of the model.
-The same number of processes gives bit-identical weights.
+Each process trains on a slice of the batch. In mode `fsdp`, each process holds only a part of the model.
+Two trainings with the same number of processes give bit-identical weights.
 """
 
 import datetime
@@ -51,7 +51,7 @@ class Group:
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Replace each gradient by its sum over all processes; return the summed scalar losses."""
+        """Replace each gradient by its sum over all processes; return the sum of their losses, a scalar."""
         if self.world_size == 1:
             return loss
         if self.is_sharded:  # FSDP2 already summed the gradients
@@ -61,7 +61,7 @@ class Group:
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
         dist.all_reduce(flat)
         sums = torch.split(flat[1:], [grad.numel() for grad in grads])
-        # Keep autograd's tensors: the rounding of some kernels depends on a tensor's address in memory.
+        # Copy the sums into autograd's tensors: the rounding of some kernels depends on a tensor's address.
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
         return flat[0]
@@ -89,7 +89,7 @@ class Group:
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `tensors`; in the main process, sharded tensors become full tensors on the CPU.
 
-        Every process must call this function.
+        The other processes get their own shards. Every process must call this function.
         """
         full = dict(tensors)
         for name, tensor in tensors.items():
@@ -101,7 +101,10 @@ class Group:
 
     @torch.no_grad()
     def scatter(self, full: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Copy the main process's full tensors into the `tensors` of every process, sharded or not."""
+        """Copy `full` of the main process into the `tensors`, sharded or not, of every process.
+
+        The other processes may pass an empty dict as `full`.
+        """
         for name, tensor in tensors.items():
             if hasattr(tensor, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
@@ -133,7 +136,7 @@ class Group:
         if failure:
             raise failure
         if answer[1]:
-            # With another code, torchrun would stop the main process before it prints the error.
+            # With another exit code, torchrun would stop the main process before it prints the error.
             raise SystemExit(0)
         return cast(T, answer[0])
 
@@ -194,15 +197,15 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
         exit_codes = _run_processes([sys.executable, "-m", module, *arguments], launcher)
         if not exit_codes:
             return 0
-        # After signal N, an exit code is -N in Popen, and 128 + N in a shell.
+        # A process ended by signal N made no mistake. Its exit code is -N in Popen, or 128 + N in a shell.
         mistakes = [code for code in exit_codes if 0 < code < 128 and code != PeerLost.exit_code]
-        if mistakes:  # the same error would end a second attempt, too
+        if mistakes:  # a second attempt would fail with the same error
             return mistakes[0]
     return PeerLost.exit_code if PeerLost.exit_code in exit_codes else 1
 
 
 def _run_processes(command: Sequence[str], launcher: Launcher) -> list[int]:
-    """Run the processes once, and return the exit codes of those that failed."""
+    """Run `command` in `launcher.processes` processes; return the exit codes of the processes that failed."""
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
         # Connect through a file and the loopback interface: by default, torch listens on all interfaces.

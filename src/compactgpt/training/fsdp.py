@@ -24,7 +24,7 @@ def shard_model(
 
     `full` has the full weights by name; other processes than the main process may pass an empty dict.
     """
-    with torch.device("meta"):  # only the main process allocates the full model
+    with torch.device("meta"):  # allocates no memory: only the main process has the full weights
         model = GPT(shape)
     mesh = init_device_mesh(device, (group.world_size,))
     for block in model.h:

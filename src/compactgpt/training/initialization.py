@@ -59,7 +59,10 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
 
 
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
-    """Copy the weights of `source` into `model`; raise BadConfig if they do not fit."""
+    """Copy the weights of `source` to `model`.
+
+    Raises BadConfig if they do not fit `model`; the message calls the source `name`.
+    """
     wanted, found = model.shape, source.shape
     wrong = [
         f"model.{key}: found {getattr(wanted, key)}, {name} has {getattr(found, key)}"
@@ -72,11 +75,12 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
         raise BadConfig("the model can't start from these weights:\n  " + "\n  ".join(wrong))
     own = model.state_dict()
     tensors: dict[str, Tensor] = dict(source.state_dict())
-    for key in tensors.keys() - own.keys():  # Hugging Face's format always has biases
+    # Hugging Face's format always has biases. A model without biases can drop them only if all are 0.
+    for key in tensors.keys() - own.keys():
         if tensors[key].any():
             raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
         del tensors[key]
-    for key in own.keys() - tensors.keys():  # `source` has no biases: zeros have the same effect
+    for key in own.keys() - tensors.keys():  # zeros replace the biases that `source` lacks
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
     # Padding rows get the mean of the real rows: GPT-2's logits are far below zero, so that rows of zeros
@@ -90,7 +94,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
 
 @torch.no_grad()
 def set_sinusoids(model: GPT, amplitude: float) -> None:
-    """Replace the position embeddings by sinusoids (Vaswani et al. 2017, section 3.5)."""
+    """Replace the position embeddings by sinusoids of this amplitude (Vaswani et al. 2017, section 3.5)."""
     positions, width = model.wpe.weight.shape  # (T, C)
     pairs = torch.arange((width + 1) // 2)
     angles = torch.arange(positions)[:, None] * SINUSOID_BASE ** (-pairs / len(pairs))  # (T, C / 2)
@@ -100,24 +104,23 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 
 @torch.no_grad()
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
-    """Change random weights so that the first logits are near the tokens' log frequencies.
+    """Change random weights so that, before training, the logits are near the tokens' log frequencies.
 
-    `counts`, (vocab_size,), is how often each token occurs. All positions get the same additional vector,
-    which is `strength` times as long as the residual stream.
+    `counts`, (vocab_size,), is how often each token occurs. The function adds one vector to all position
+    embeddings. The vector is `strength` times as long as the sum of a token and a position embedding.
     """
     C = model.shape.n_embd
-    u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,) direction of the vector
-    u = u - u.mean()  # the layer norm subtracts the mean, so the mean of u must be 0
-    u /= u.norm()
+    direction = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,) of the added vector
+    direction = direction - direction.mean()  # mean 0, because the layer norm subtracts the mean
+    direction /= direction.norm()
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
-    r = math.sqrt(float(sum(mean_squares)))  # length of the residual stream
-    a = strength * r
-    model.wpe.weight += a * u
+    length = math.sqrt(float(sum(mean_squares)))  # of the sum of a token and a position embedding
+    model.wpe.weight += strength * length * direction
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
-    logs -= (logs * smooth).sum() / smooth.sum()  # now the mean over the tokens of the train split is 0
-    # The last layer norm changes a * u to b * u, with b = sqrt(C) a / sqrt(a^2 + r^2).
-    b = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
-    # The token embedding is also the head: its product with b * u adds the log frequency to the logit.
-    model.wte.weight += torch.from_numpy(logs / b).float()[:, None] * u
+    logs -= (logs * smooth).sum() / smooth.sum()  # the mean of `logs` over the train split is now 0
+    # The length of the added vector after the last layer norm, which scales its output to length sqrt(C).
+    normed_length = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
+    # The token embedding is also the head: its product with the vector adds the log frequency to the logit.
+    model.wte.weight += torch.from_numpy(logs / normed_length).float()[:, None] * direction

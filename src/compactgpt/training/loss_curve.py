@@ -41,10 +41,10 @@ def loss_csv(rows: list[Row]) -> str:
 
 
 def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
-    """Return a warning if training has diverged with finite losses, otherwise None.
+    """Return a warning if the last row's val loss shows that training has diverged, otherwise None.
 
-    After the warm-up, the val loss may exceed neither its first value nor the loss of a uniform guess by
-    more than DIVERGENCE_MARGIN.
+    Diverged means: after the warm-up, this loss is more than DIVERGENCE_MARGIN above the first row's val
+    loss, or above the loss of a uniform guess.
     """
     first, last = rows[0], rows[-1]
     if last.step <= training.warmup_steps and last.step < training.max_steps:
@@ -89,7 +89,8 @@ def window_nats(model: GPT, windows: list[Window]) -> list[float]:
     head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C), without padding rows
     T = max(len(window.tokens) for window in windows)
     tokens = torch.zeros(len(windows), T, dtype=torch.int64)
-    for row, window in enumerate(windows):  # attention is causal, so padding at the end has no effect
+    # Zeros pad short windows at the end. They have no effect, because attention is causal.
+    for row, window in enumerate(windows):
         tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
     x = model.hidden(tokens.to(head.device))  # (B, T, C)
     unpadded = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(windows)])  # (N, C)

@@ -25,11 +25,11 @@ RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[T
 def lr_multiplier(training: Training, step: int) -> float:
     """Return the fraction of the peak learning rate in a step, counted from 0.
 
-    After the warm-up, `cosine` and `linear` fall to min_lr_ratio at max_steps. `wsd` falls linearly in the
-    last decay_share of the steps (Hu et al. 2024, MiniCPM).
+    After the warm-up, `cosine` and `linear` fall to min_lr_ratio at max_steps. `wsd` stays at 1, and falls
+    linearly to min_lr_ratio in the last decay_share of the steps (Hu et al. 2024, MiniCPM).
     """
     if step < training.warmup_steps:
-        return (step + 1) / (training.warmup_steps + 1)  # linear, as in nanoGPT
+        return (step + 1) / (training.warmup_steps + 1)  # a linear warm-up, as in nanoGPT
     if training.schedule == "constant":
         return 1.0
     start = training.warmup_steps
@@ -73,7 +73,8 @@ def newton_schulz(
 ) -> Tensor:
     """Return the matrices with all singular values moved towards 1 (Jordan et al. 2024).
 
-    Each step replaces a singular value s by a s + b s^3 + c s^5. (count, rows, columns) -> the same shape.
+    Each step replaces a singular value s by a s + b s^3 + c s^5, where (a, b, c) are the coefficients.
+    (count, rows, columns) -> the same shape.
     """
     a, b, c = coefficients
     # A CPU without bfloat16 instructions needs ten times as long in bfloat16 (docs/benchmarks.md).
@@ -98,7 +99,8 @@ class EmbeddingRows(NamedTuple):
 class Optimizers:
     """All optimizers of one model: AdamW and, if configured, Muon.
 
-    `state` has their state tensors by name. `run_sharded` orthogonalizes the matrices of a sharded model.
+    `state` has the optimizers' state tensors by name. Only a sharded model needs `run_sharded`, which
+    orthogonalizes matrices.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -111,7 +113,7 @@ class Optimizers:
         )
         matrices = [parameter for name, parameter in self.parameters.items() if self._is_muon(name)]
         self.muon = Muon(matrices, weight_decay=training.weight_decay) if matrices else None
-        self.rows: EmbeddingRows | None = None  # rows that the next update trains; None: all rows
+        self.rows: EmbeddingRows | None = None  # token embeddings that the next update trains; None: all
         # Pairs of a parameter group and its peak learning rate.
         self._peaks = [(group, group["lr"]) for group in self.adamw.param_groups]
         if self.muon:
@@ -135,7 +137,7 @@ class Optimizers:
             ([self.parameters[TOKENS]], training.embedding_learning_rate, decay),
             ([self.parameters[POSITIONS]], position_lr, decay),
             (hidden, training.learning_rate, decay),
-            (vectors, training.learning_rate, 0.0),  # no decay, as in nanoGPT
+            (vectors, training.learning_rate, 0.0),  # no weight decay, as in nanoGPT
         ]
         return [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
 
@@ -161,7 +163,7 @@ class Optimizers:
         return values
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that get a gradient; selected rows replace the token embedding."""
+        """Return the parameters that get a gradient; after `select_rows`, its copy replaces the embedding."""
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
 

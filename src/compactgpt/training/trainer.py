@@ -1,7 +1,7 @@
-"""The training loop. A resumed run gives the same bits as an uninterrupted run.
+"""The training loop. A resumed training gives bit-identical weights to an uninterrupted training.
 
 The batch depends only on (seed, step), and dropout only on (seed, step, micro-batch). So a training state
-needs no random state.
+needs no state of a random generator.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from compactgpt.training.loss_curve import (
 )
 from compactgpt.training.optim import Optimizers
 
-# If one of these source files changes, a run starts from step 0.
+# If one of these source files changes, training starts from step 0 instead of its last state.
 SOURCES = ("data/token_files.py", "model/*.py", "training/*.py")
 BEST = "best"  # folder of the best model so far, next to the training states
 
@@ -56,7 +56,7 @@ class Splits:
 def open_splits(folder: Path) -> Splits:
     """Open the token files of the stage `tokenization`.
 
-    Raises MissingInput if they have no manifest, and BadData if a file is missing or damaged.
+    Raises MissingInput if `folder` has no manifest, and BadData if a file is missing or damaged.
     """
     files = verified_manifest(folder)["files"]
     digest = hashlib.sha256(json_bytes(files)).hexdigest()
@@ -67,7 +67,7 @@ def open_splits(folder: Path) -> Splits:
 class Callbacks:
     """Functions that `train` calls in every process; steps are counted from 1."""
 
-    # The argument has the pairs (step, training loss) since the last call.
+    # The argument has the pairs (step, training loss) since the previous call.
     on_losses: Callable[[list[tuple[int, float]]], None] = lambda _losses: None
     # The argument has all rows of the loss curve; the last one is new.
     on_row: Callable[[list[Row]], None] = lambda _rows: None
@@ -81,7 +81,7 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a finished run."""
+    """The result of a finished training run."""
 
     model: GPT
     rows: list[Row]
@@ -89,7 +89,7 @@ class Trained:
 
 
 def run_key(params: Params, splits: Splits) -> str:
-    """Return a hash of everything that the result of a run depends on.
+    """Return a hash of everything that the result of a training run depends on.
 
     The number of processes is left out, because it changes only rounding.
     """
@@ -126,7 +126,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
             trainer.make_step()
             if trainer.is_report_due():
                 trainer.report(callbacks)
-            # All processes must stop at the same step: none may wait for another.
+            # All processes must stop at the same step, because no process may wait for another one.
             stops = group.any_rank(callbacks.should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
                 trainer.report(callbacks)  # read the last losses, because the state must contain them
@@ -160,7 +160,7 @@ class Trainer:
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
             counts = token_counts(splits.train.tokens, self.shape.vocab_size)
-        # Only for a sampled softmax: each token's probability to be in a sample, (vocab_size,).
+        # Only for a sampled softmax: the probability that a sample contains each token, (vocab_size,).
         self.inclusion: npt.NDArray[np.float64] | None = None
         if self.training.head == "sampled" and counts is not None:
             size, power = self.training.sample_tokens, self.training.sample_power
@@ -197,7 +197,7 @@ class Trainer:
         return model, Optimizers(model, training)
 
     def full_model(self) -> GPT:
-        """Return the full model; only the main process gets a sharded model's weights."""
+        """Return the full model. If the model is sharded, only the main process gets its weights."""
         if not self.group.is_sharded:
             return self.model
         full = self.group.gather(self.model.state_dict())
@@ -244,12 +244,12 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, ...]:
         """Return the arguments of `GPT.forward` for this process's slice of the step's batch.
 
-        A sampled softmax adds `table` and `correction` to tokens and targets.
+        These are `tokens` and `targets`, and for a sampled softmax also `table` and `correction`.
         """
         seed, train = self.training.seed, self.splits.train.tokens
         tokens, targets = training_batch(
             train, seed=seed, step=self.step, sequences=self.sequences, block_size=self.shape.block_size
-        )  # 2 x (B, T), the batch of all processes
+        )  # 2 x (B, T), for all processes together
         head: tuple[Tensor, ...] = ()
         if self.inclusion is not None:
             sample = draw_sample(self.inclusion, np.stack([tokens, targets]), seed=seed, step=self.step)
@@ -265,7 +265,10 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _accumulate_gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Compute the gradient of the mean loss of the whole batch; return this loss."""
+        """Compute the gradient of the mean loss of the whole batch, over all processes; return this loss.
+
+        `head` is empty, or has the arguments `table` and `correction` of `GPT.forward`.
+        """
         self.model.train()
         size = self.training.micro_batch_size
         own = len(tokens) // size
@@ -284,15 +287,15 @@ class Trainer:
         return self.group.sum_gradients(self.optimizers.trained_parameters(), torch.stack(losses).sum())
 
     def is_report_due(self) -> bool:
-        """Return whether to read losses after this step; on a GPU, not after every step."""
+        """Return whether to report losses now. With CUDA: every log_interval steps, and when a row is due."""
         return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
 
     def is_row_due(self) -> bool:
-        """Return whether to add a row to the loss curve after this step."""
+        """Return whether a row is due: after the first step, the last step and every eval_interval steps."""
         return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
 
     def report(self, callbacks: Callbacks) -> None:
-        """Report the new losses, and a new row of the loss curve if due."""
+        """Give `callbacks` the unreported losses, and, if a row is due, the loss curve with the new row."""
         if losses := self.read_losses():
             callbacks.on_losses(losses)
             if self.is_row_due():
@@ -326,7 +329,7 @@ class Trainer:
         )
 
     def add_row(self) -> None:
-        """Add a row to the loss curve, and save the model if it is best."""
+        """Add a row to the loss curve; before the last step, save the model if its val loss is the lowest."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._check_finite(self.step - 1, {"validation loss": val_loss})
         # All steps have the same number of tokens, so the mean over steps is the mean over tokens.
@@ -338,7 +341,7 @@ class Trainer:
         if self.group.any_rank(is_best and self.group.is_main_process):
             model = self.full_model()
             if self.group.is_main_process:
-                save_model(model, self.folder / BEST, private=True)
+                save_model(model, self.folder / BEST, force=True)
 
 
 @contextmanager
