@@ -1,6 +1,6 @@
 """Find documents that repeat other documents, and val text that is also in train.
 
-A run is some consecutive words of a document (an n-gram).
+A run is a fixed number of consecutive words of a document (an n-gram).
 """
 
 import hashlib
@@ -31,7 +31,7 @@ Numbers = npt.NDArray[np.int64]
 _UNSPACED = (
     "\u0e00-\u0eff"  # Thai, Lao
     "\u0f00-\u0fff"  # Tibetan
-    "\u1000-\u109f\uaa60-\uaa7f"  # Burmese and its relatives
+    "\u1000-\u109f\uaa60-\uaa7f"  # Burmese and other languages in its script
     "\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf"  # Khmer, Tai Le, New Tai Lue, Tai Tham
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana and repetition marks
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
@@ -74,7 +74,7 @@ class Digest(NamedTuple):
 
     documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val (is in the val split)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
-    # One row per document and run that is also in val.
+    # One row for each document and each of its runs of words that is also in val.
     # Columns: document (row of `documents`), run (index in the result of `val_runs`).
     hits: "pd.DataFrame"
 
@@ -148,7 +148,7 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # A text in very many train documents, such as a licence, would fill the memory.
+            # Not all train documents of a run are kept: those with the same licence would fill the memory.
             is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.
@@ -169,7 +169,7 @@ def digest_documents(
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     """Return a table of twins: for a document, the most similar document in each split.
 
-    Columns: document and twin (rows of `corpus.documents`), score, in_val, across.
+    Columns: document and twin (rows of `corpus.documents`), score (similarity), in_val, across.
     """
     import pandas as pd
 
@@ -177,7 +177,7 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     # rensa's own search is not used: it takes 1.3 KB of memory per document.
     width = params.permutations // params.bands
     found = []
-    # Two documents are compared if all MinHash values of one band are equal (Broder 1997).
+    # Two documents are compared if a band, `width` columns of MinHash values, is equal (Broder 1997).
     for band in range(params.bands):
         keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -192,7 +192,7 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     found += [pairs.rename(columns={"document": "twin", "twin": "document"}) for pairs in found]
     twins = pd.concat(found)
     twins["in_val"] = in_val[twins["document"]]
-    twins["across"] = twins["in_val"] != in_val[twins["twin"]]  # the twin is in the other split
+    twins["across"] = twins["in_val"] != in_val[twins["twin"]]  # whether the twin is in the other split
     twins = twins.sort_values(["document", "score", "twin"], ascending=[True, False, True])
     return twins.drop_duplicates(["document", "across"])
 
@@ -219,7 +219,7 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
     """Return a table: how much of each val document is also in train (GPT-3, appendix C).
 
-    Columns: document and twin (rows of `corpus.documents`), runs, seen, score.
+    Columns: document and twin (rows of `corpus.documents`; -1: no twin), runs, seen, score = seen / runs.
     """
     import pandas as pd
 
@@ -231,9 +231,9 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
     counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
     overlap = pd.DataFrame(
         {
-            "runs": hits[of_val].groupby("document").size(),  # different runs of words in the document
-            "seen": shared.groupby("document")["run"].nunique(),  # those of these runs that are in train
-            "twin": counts.set_index("document")["twin"],  # the train document with most of these runs
+            "runs": hits[of_val].groupby("document").size(),  # number of different runs in the val document
+            "seen": shared.groupby("document")["run"].nunique(),  # number of these runs that occur in train
+            "twin": counts.set_index("document")["twin"],  # the train document that shares most runs
         },
         index=pd.Index(np.flatnonzero(in_val), name="document"),
     )

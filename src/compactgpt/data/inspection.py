@@ -67,7 +67,7 @@ def inspect(
 def passed(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return whether all checks passed, and the hash of each token file.
 
-    The limits of the checks are left out: DVC does not train again after a new limit.
+    The limits of the checks are left out, so that DVC does not train again when only a limit changes.
     """
     return {name: {"passed": report["success"], "sha256": report[name]["sha256"]} for name in SPLITS}
 
@@ -93,7 +93,7 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     if rule.val_start is None:  # tokenization.split is `hash`, so the val documents are a random sample
         share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
         expected = share * len(corpus.documents)
-        # The number of documents in a split has a binomial distribution with this standard deviation.
+        # In a fair split, the number of documents is binomial, with this standard deviation.
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"
@@ -158,7 +158,7 @@ def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection)
 
 
 def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return a table of the most similar pairs of train documents, each pair once."""
+    """Return a table of the `max_listed` most similar pairs of train documents, each pair once."""
     pairs = twins[~twins["in_val"] & ~twins["across"]]
     lower, higher = pairs[["document", "twin"]].min(axis=1), pairs[["document", "twin"]].max(axis=1)
     pairs = pairs.assign(document=lower, twin=higher, kind="near duplicate")

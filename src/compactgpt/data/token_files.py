@@ -105,24 +105,24 @@ def pack_documents(
     )
 
 
-def write_tokens(path: Path, parts: Sequence[TokenFile]) -> None:
-    """Join `parts` into one token file at `path`, and write its document index.
+def write_tokens(path: Path, files: Sequence[TokenFile]) -> None:
+    """Join `files` into one token file at `path`, and write the document index of the new file.
 
-    Only the index is loaded into memory: 32 bytes per document.
+    Only this index is loaded into memory: 32 bytes per document.
     """
-    lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
+    lengths = [np.zeros(1, np.int64), *(np.diff(each.offsets) for each in files)]
     index = {
         "offsets": np.concatenate(lengths).cumsum(),
-        "bytes": np.concatenate([part.byte_lengths for part in parts]),
-        "ids": np.concatenate([part.ids for part in parts]),
+        "bytes": np.concatenate([each.byte_lengths for each in files]),
+        "ids": np.concatenate([each.ids for each in files]),
     }
     sizes = {"documents": len(index["bytes"]), "tokens": int(index["offsets"][-1])}
-    header = parts[0].header.model_copy(update=sizes)
+    header = files[0].header.model_copy(update=sizes)
     text = json.dumps(header.model_dump(), sort_keys=True).encode()
     with atomic_file(path) as file:
         file.write(MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n")
-        for part in parts:
-            file.write(part.tokens.data)
+        for each in files:
+            file.write(each.tokens.data)
         write_bytes(path.with_suffix(INDEX), save(index))
 
 

@@ -1,6 +1,6 @@
 """Encode the documents into a token file for train and one for val.
 
-Each document shard becomes a chunk. A resumed run keeps finished chunks.
+Each document shard becomes a chunk. A resumed tokenization keeps the finished chunks.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ def tokenize(
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     shards = [list(of_shard) for _, of_shard in groupby(groups, lambda group: group.path)]
-    # A hash of all inputs names the folder: chunks of other inputs are never used.
+    # The name of the chunks' folder is a hash of all inputs: chunks of other inputs are never used.
     settings = [params.val_fraction, params.split, params.encoder]
     inputs = json_bytes([STATE_VERSION, corpus["files"], facts, settings])
     chunks = state / hashlib.sha256(inputs).hexdigest()[:16]
@@ -129,7 +129,7 @@ def encode_shard(
     """Write the chunk of one shard, and return the number of bytes of text in the shard."""
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
-        return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
+        return int(verified_manifest(chunk)["text_bytes"])  # the chunk was finished before an interruption
     encode = load_encoder(tokenizer, library)
     parts: dict[str, list[TokenFile]] = {split: [] for split in SPLITS}
     text_bytes = 0
@@ -188,6 +188,6 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int)
         for reference in [remote.remote(task) for task in tasks]:
             yield ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # the function's own error
+        raise error.cause from error  # the error that `function` raised
     finally:
         ray.shutdown()

@@ -24,9 +24,9 @@ from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 # The regular expression that cuts text into words for GPT-2, copied from tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# After this many bytes, gigatoken's ids of one text are compared with tiktoken's.
+# Once per this many bytes, gigatoken's token ids of one text are compared with tiktoken's.
 CHECK_EVERY_BYTES = 2**20
-CHECK_CHARACTERS = 2**11  # only the first 2^11 characters of a text are compared
+CHECK_CHARACTERS = 2**11  # the comparison with tiktoken uses only this many characters of a text
 # gigatoken keeps every word in memory (0.3 to 9 MB per MB of text): it is loaded again after this many bytes.
 RESTART_EVERY_BYTES = 2**25
 
@@ -135,11 +135,11 @@ class GigatokenEncoder:
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
-        self._unchecked_bytes = CHECK_EVERY_BYTES  # so `encode` compares the ids of the first text
-        self._start()
+        self._unchecked_bytes = CHECK_EVERY_BYTES  # so the first text is compared with tiktoken, too
+        self._load_gigatoken()
 
-    def _start(self) -> None:
-        """Load gigatoken, with no words in its memory."""
+    def _load_gigatoken(self) -> None:
+        """Load gigatoken; a newly loaded encoder has no words in memory."""
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
@@ -168,7 +168,7 @@ class GigatokenEncoder:
                     "set tokenization.encoder to tiktoken in params.yaml, and report this text"
                 )
         if self._bytes_since_start >= RESTART_EVERY_BYTES:
-            self._start()
+            self._load_gigatoken()
         return tokens
 
 

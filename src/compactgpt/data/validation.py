@@ -48,7 +48,7 @@ def validate(
     manifest = verified_manifest(documents)
     total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    id_hashes = bytearray()  # 16 bytes per document, since a wrong id may have any length
+    id_hashes = bytearray()  # 16 bytes per document: ids are hashed, since a wrong id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(documents):
         for document in read_row_group(group):
@@ -56,9 +56,9 @@ def validate(
             counts["bytes"] += len(document.text.encode())
             counts["wrong_ids"] += _hash(document.text) != document.id
             id_hashes += bytes.fromhex(_hash(document.id))
-            # The hash decides, so all copies of a text are in the sample or none. Integers are never rounded.
+            # All copies of a text have one hash: the sample has all or none. Integers avoid rounding.
             hash_bound = 2**64 * params.max_rows
-            if total <= params.max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
+            if total <= params.max_rows or int(_normalised_hash(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
         progress(counts["documents"], total)
     counts["repeated_ids"] = counts["documents"] - len(np.unique(np.frombuffer(id_hashes, "S16")))
@@ -76,7 +76,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _normalised(text: str) -> str:
+def _normalised_hash(text: str) -> str:
     """Return a hash of the text without case and white space."""
     return _hash("".join(text.split()).casefold())
 
@@ -92,7 +92,7 @@ def document_row(document: Document) -> dict[str, Any]:
         "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,  # None if the text is blank
         "n_characters": len(text),
         "id_is_hash": _hash(text) == document.id,
-        "normalised": _normalised(text),
+        "normalised": _normalised_hash(text),
         "n_nul": text.count("\0"),
         # The share of letters, white space not counted; 0 if the text is blank.
         "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
@@ -172,7 +172,7 @@ def document_expectations(params: Validation) -> list[Any]:
         between("n_characters", length, cut, min_value=shortest, max_value=longest),
         between("letter_share", letters, few_letters, min_value=params.min_letter_share),
         between("replacement_share", damage, decoding, max_value=params.max_replacement_share),
-        between("n_nul", "no NUL character", f"{decoding}, or remove it if it is not text", max_value=0),
+        between("n_nul", "no NUL character", f"{decoding}, or remove binary files", max_value=0),
         values("BeUnique", "normalised", unique, copies, mostly=params.min_unique_share),
     ]
 
@@ -180,7 +180,7 @@ def document_expectations(params: Validation) -> list[Any]:
 def require_success(report: Mapping[str, Any], what: str, last_line: str) -> None:
     """Raise CheckFailed if an expectation in a stage's report failed.
 
-    `what` names the checked data in the message, such as `the documents`.
+    In the message, `what` names the checked data, such as `the documents`; `last_line` comes last.
     """
     lines = []
     for result in report["expectations"]:
@@ -206,7 +206,7 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
     """Check the tables, write Data Docs into `docs`, and return a result per expectation.
 
-    Raises NotAllowed if `docs` contains other files.
+    Raises NotAllowed if a file of `docs` was added or changed.
     """
     import great_expectations as gx
 
@@ -265,7 +265,7 @@ def _convert_strings(row: Mapping[str, Any], convert: Callable[[str], str]) -> d
 
 
 def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of one expectation without times and run ids."""
+    """Return the result of one expectation for the report, without GX's times and run ids."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
         raise RuntimeError(f"GX could not check {config['type']}: {result['exception_info']}")
@@ -295,11 +295,11 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     for page in docs.rglob("*.html"):
         page.write_text(_REMOTE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
-    # Delete the fonts, logos and videos of GX: no page uses them any more.
+    # Delete GX's fonts, logos and videos: only the removed HTML used them.
     shutil.rmtree(docs / "static", ignore_errors=True)
     pages = []
     for page in sorted((docs / "validations").rglob("*.html")):
-        path = page.relative_to(docs)  # its form is validations/<table>/<run>/...
+        path = page.relative_to(docs)  # starts with validations/<name of the table>/
         of_table = [result for result in results if result["table"] == path.parts[1]]
         failed = [result["description"] for result in of_table if not result["success"]]
         pages.append({"name": path.parts[1], "path": path, "of": len(of_table), "failed": failed})
