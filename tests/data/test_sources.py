@@ -129,7 +129,7 @@ def test_a_corpus_has_a_name(corpus, files, name):
         ("files", {"split": "heading"}, "write the regular expression"),
         ("files", {"heading": "("}, "should be a valid regular expression"),
         ("hub", {"revision": "main"}, "revision"),
-        ("hub", {"revision": "refs/convert/parquet", "sha256": None}, "is a branch, which moves"),
+        ("hub", {"revision": "refs/convert/parquet", "sha256": None}, "is a branch, whose content"),
         ("hub", {"opens_document": "y"}, "one of the two at most"),
     ],
 )
