@@ -84,10 +84,10 @@ def _add_chunk(
     weight: Tensor,  # (V, C)
     targets: Tensor,  # (R,)
     logits: Tensor,  # (R, V) buffer
-    dx: Tensor,  # (R, C) gets the gradient of `x`
-    dw: Tensor,  # (V, C) the chunk's gradient of `weight` is added here
+    dx: Tensor,  # (R, C) buffer for the gradient of `x`
+    dw: Tensor,  # (V, C) buffer for the gradient of `weight`, summed over chunks
     first: bool,  # whether this is the first chunk, which overwrites `dw`
-    N: int,  # tokens of all chunks
+    N: int,  # number of tokens in all chunks
     correction: Tensor | None,  # (V,)
 ) -> Tensor:
     """Return each token's cross-entropy in nats, (R, 1), and write the gradients to `dx` and `dw`."""
@@ -108,15 +108,15 @@ def _add_chunk(
 def _add_rounded_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, e: Tensor, dx: Tensor, dw: Tensor, first: bool, N: int
 ) -> Tensor:
-    """Do what `_add_chunk` does, with matrix products in bfloat16. The result has shape (R,).
+    """Do what `_add_chunk` does with bfloat16 matrix products; return the cross-entropy in nats, (R,).
 
-    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t), with a token's logits z and its target t.
+    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t): z are a token's logits, and t is the token's target.
     """
-    s = exponentials(x, weight, targets, e)  # (R,) sum of a token's e_j
-    # The gradient of logit z_j is e_j / s; for the target, (e_t - s) / s with e_t = exp(0) = 1.
+    s = exponentials(x, weight, targets, e)  # (R,) each token's sum of all e_j
+    # The loss is log(s): the gradient of logit z_j is e_j / s, but (1 - s) / s for the target's logit.
     target_gradients = 1 - s
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
-    # Dividing the (R, C) matrices by s is cheaper than dividing `e`, which is (R, V).
+    # The (R, C) matrices below are divided by s, because `e`, (R, V), has more elements.
     scale = (1 / (s * N))[:, None]  # (R, 1)
     dx.copy_(_product_in_fp32(e, weight).mul_(scale))
     scaled_x = (x * scale).to(x.dtype)  # (R, C)
@@ -137,7 +137,7 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
 def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Tensor:
     """Write exp(z_j - z_t) to `out`, (R, V) bfloat16, and return the row sums, (R,) fp32.
 
-    z are a token's logits, and t is its target. Exponents above CAP become CAP.
+    z are a token's logits, and t is the token's target. Exponents above CAP become CAP.
     """
     has_triton = x.is_cuda and importlib.util.find_spec("triton")
     if has_triton:
@@ -155,7 +155,7 @@ def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Ten
 
 
 def _exponentials_pass(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Replace the logits, (R, V), by their exponentials, and return the row sums, (R,)."""
+    """Replace the logits, (R, V), by exp(logit - target's logit), and return the row sums, (R,)."""
     e = (logits.float() - target_logits).clamp(max=CAP).exp()
     logits.copy_(e)  # rounds to bfloat16
     return e.sum(1)

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # A tile has ROWS x COLUMNS exponentials; tl.dot multiplies INNER channels at once.
 ROWS, COLUMNS, INNER = 128, 256, 64
-GROUP = 64  # rows of tiles that are computed together: so few rows of `x` fit into the L2 cache
+GROUP = 64  # rows of tiles that are computed together, since their rows of `x` fit into the L2 cache
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -34,14 +34,14 @@ def _kernel(  # type: ignore[no-untyped-def]
         e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN > CAP is false: NaN stays
         e = tl.where(columns[None, :] < V, e, 0.0)  # columns beyond V must not count in the sums
         tl.store(sums + n.to(tl.int64) * R + rows, tl.sum(e, 1), rows < R)
-        # Two halves, so that a store overlaps with the load of the next tile.
+        # A tile is stored in two halves, so that the stores overlap with the loads of the next tile.
         left, right = tl.split(tl.permute(tl.reshape(e, (BM, 2, BN // 2)), (0, 2, 1)))
         out.store([m * BM, n * BN], left.to(tl.bfloat16))
         out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the kernel was tested on this GPU, and C and V are multiples of 8."""
+    """Return whether the GPU is a Hopper, which the kernel was tested on, and C and V are multiples of 8."""
     hopper = torch.cuda.get_device_capability(x.device)[0] == 9
     return hopper and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
 

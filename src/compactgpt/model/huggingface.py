@@ -40,12 +40,12 @@ def save_hf(
 ) -> None:
     """Export a model to a folder that transformers' `from_pretrained` and `pipeline` can load.
 
-    `tokenizer` is the folder of GPT-2's tokenizer, and `card` is the text of README.md. `overwrite` also
-    replaces changed files. Raises NotAllowed if the folder has other files.
+    `tokenizer` is the folder of GPT-2's tokenizer, and `card` is the text of README.md. Raises
+    NotAllowed if a file of `folder` was added or, without `overwrite`, changed.
     """
     facts = {"format": "hugging-face-gpt2"}
     block_size, last_token = model.shape.block_size, model.shape.vocab_size - 1
-    # GPT-2's last token, <|endoftext|>, ends a text.
+    # The last token, <|endoftext|>, starts, ends and pads a text: GPT-2 has no other special token.
     special_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), last_token)
     with atomic_folder(folder, facts, kind="export", overwrite=overwrite) as temporary:
         write_bytes(temporary / "model.safetensors", save(_hf_state(model), metadata={"format": "pt"}))

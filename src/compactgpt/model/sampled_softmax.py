@@ -17,13 +17,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sample:
-    """The tokens over which one step computes the softmax."""
+    """The tokens over which one training step computes the softmax."""
 
     ids: Ints  # (K,) token ids, ascending
-    log_inclusion: npt.NDArray[np.float32]  # (K,) log of the probability that the sample has the token
+    log_inclusion: npt.NDArray[np.float32]  # (K,) log of the probability that a sample contains the token
 
     def positions(self, tokens: Ints) -> Ints:
-        """Return the index in `ids` of each token; the sample must have all of them."""
+        """Return the index in `ids` of each of `tokens`; `ids` must contain all of them."""
         return np.searchsorted(self.ids, tokens)
 
 
@@ -44,21 +44,21 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
     ordered = np.sort(weights)[::-1]
-    rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of this weight and all smaller ones
+    rest = np.cumsum(ordered[::-1])[::-1]  # (V,) for each weight: its sum with all smaller weights
     k = np.arange(len(ordered))
-    # If the k largest weights have probability 1, the other probabilities must add up to size - k.
+    # If the k most frequent tokens have probability 1, all other probabilities must add up to size - k.
     scales = (size - k) / rest  # (V,) c for each k
-    first = int(np.argmax(scales * ordered <= 1))  # smallest k with no other probability above 1
+    first = int(np.argmax(scales * ordered <= 1))  # smallest k that leaves no probability above 1
     inclusion: Floats = np.minimum(1.0, scales[first] * weights)
     return inclusion
 
 
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
-    """Draw a sample of the vocabulary for `step`, counted from 0.
+    """Draw a sample of the vocabulary for a training step, counted from 0.
 
     `inclusion`, (V,), has the probability of each token. All tokens of `batch` are in the sample.
     """
-    # `training_batch` has the same key but another counter, so the sample does not depend on the batch.
+    # `training_batch` uses the same key but another counter: its random numbers are independent of these.
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, 1]))
     chosen = generator.random(len(inclusion)) < inclusion
     probability = inclusion.copy()

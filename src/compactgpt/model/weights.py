@@ -21,12 +21,12 @@ WEIGHTS = "model.safetensors"
 
 
 def save_model(model: GPT, folder: Path, best: Path | None = None, *, force: bool = False) -> None:
-    """Write the weights and the shape of a model to a folder.
+    """Write the weights and the shape of a model to `folder`.
 
-    `best`, the folder of the run's best model, is copied to `folder`/best. `force` replaces `folder` even
-    if it has other files.
+    `best`, the folder of the training's best model, is copied to `folder`/best. Raises NotAllowed if a file
+    of `folder` was added or changed, unless `force` is true.
     """
-    if best:  # checked before any file is written
+    if best:  # a damaged `best` must fail before any file is written
         verified_manifest(best)
     with atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", force=force) as temporary:
         write_tensors(temporary / WEIGHTS, model.state_dict())
@@ -38,7 +38,7 @@ def save_model(model: GPT, folder: Path, best: Path | None = None, *, force: boo
 def load_model(folder: Path, device: str = "cpu") -> GPT:
     """Load a model that `save_model` wrote, in evaluation mode.
 
-    Raises MissingInput without a manifest, and BadData if a file is missing or damaged.
+    Raises MissingInput if `folder` has no manifest, and BadData if a file is missing or damaged.
     """
     verified_manifest(folder)
     try:
@@ -56,9 +56,9 @@ def load_gpt(
 ) -> GPT:
     """Load a GPT from a safetensors file, in evaluation mode on the CPU.
 
-    `convert` returns our GPT's tensors for those of the file. Raises BadData if they do not fit `shape`.
+    `convert` turns the file's tensors into our GPT's. Raises BadData if the result does not fit `shape`.
     """
-    # Check the size first: a wrong config.json could make the program allocate a huge model.
+    # Check the file's size before building the model: a wrong config.json could describe a huge model.
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
     if path.is_file() and path.stat().st_size < rows * shape.n_embd:
         raise BadData(f"{path} is too small for the shape in the config.json of its folder")
@@ -92,7 +92,7 @@ def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
         if name not in found:
             raise BadData(f"{path}: {name} is missing")
         if name not in expected:
-            raise BadData(f"{path}: {name} is unknown to this model")
+            raise BadData(f"{path}: {name} is unknown: the model has no such tensor")
         a, b = found[name], expected[name]
         # Without this check, torch would broadcast a shape and convert a dtype silently.
         if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -103,5 +103,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write tensors to a safetensors file; raise DiskFull if the disk is full."""
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # safetensors does not raise an OSError
-        raise DiskFull(f"{path} can't be written: free some space and run again ({error})") from error
+    except SafetensorError as error:  # safetensors raises no OSError when the disk is full
+        raise DiskFull(
+            f"{path} can't be written: free some space and run the command again ({error})"
+        ) from error
