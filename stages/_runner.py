@@ -88,7 +88,7 @@ class Stage:
 def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "") -> Iterator[Stage]:
     """Lock a stage and open its MLflow run, for a `with` block.
 
-    `logged` names sections of params.yaml. `item` is `xz` for `baseline@xz`.
+    `logged` names the sections of params.yaml that MLflow shows. `item` is `xz` for `baseline@xz`.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -142,7 +142,7 @@ def _require_unchanged(
     stage: str, definition: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran."""
-    # DVC hashes dependencies after the command, so dvc.lock would get wrong values (treeverse/dvc#11058).
+    # DVC hashes dependencies after the command: dvc.lock would record the changed ones (treeverse/dvc#11058).
     new_params, new_files = _read_params(definition), _read_files(definition)
     changed = [
         f"{key} ({old} -> {new})"
@@ -161,7 +161,7 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return a message with the stage's number and the minutes left, from the last measured times."""
+    """Return a message with the stage's number and the minutes left, by each stage's last duration."""
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
     minutes = sum(float(file.read_text()) for file in files) / 60
@@ -199,7 +199,7 @@ def start_processes(module: str, tracker: str) -> None:
         launcher = load_params(_PARAMS).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return
-        from compactgpt.training.distributed import launch  # not at the top: this imports torch
+        from compactgpt.training.distributed import launch  # imports torch: only when needed
 
         _die_with_parent()
         with _stoppable():
@@ -209,7 +209,7 @@ def start_processes(module: str, tracker: str) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """In a `with` block, exit with code 143 on SIGTERM. After the block, ignore SIGTERM."""
+    """In a `with` block, exit with code 143 on SIGTERM. Then ignore SIGTERM, to keep the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -219,7 +219,7 @@ def _stoppable() -> Iterator[None]:
 
 def _die_with_parent() -> None:
     """On Linux, end this process when its parent process (`dvc` or torchrun) ends."""
-    # Without this, an old training could still run when the user starts `dvc repro` again.
+    # Otherwise a training whose `dvc` was killed could still run during the next `dvc repro`.
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG: Linux sends a signal when the parent process ends
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

@@ -93,7 +93,7 @@ def _note_rows(view: "View") -> Iterator[list[str]]:
 
 
 def _measured_rows(view: "View") -> Iterator[list[str]]:
-    """Yield the rows of the table of measured scores, with intervals only for the ratio."""
+    """Yield the rows of the table of measured scores; only the column `ratio` keeps its intervals."""
     from compactgpt.reporting.tables import COLUMNS
 
     for cells in view.measured_rows():

@@ -10,7 +10,7 @@ REPORTS = Path("reports")
 
 @app.command()
 def main(tracker: TrackerName = "mlflow") -> None:
-    """Evaluate the trained model on the val split, generate text and do tasks."""
+    """Evaluate the trained model on the val split and on tasks, and generate text."""
     from compactgpt.common.device import prepare_process, resolve_device
     from compactgpt.common.storage import write_json, write_text
     from compactgpt.data.token_files import open_tokens

@@ -13,11 +13,11 @@ MODEL, CURVE = Path("models/compact"), Path("reports/loss.csv")
 
 @app.command()
 def main(tracker: TrackerName = "mlflow") -> None:
-    """Train the compact model, or resume an interrupted run."""
+    """Train the compact model, or resume an interrupted training."""
     start_processes("stages.training", tracker)
     with open_stage("training", tracker, ("model", "training", "runtime")) as stage:
         prepare_process(stage.params.runtime.num_threads)
-        # Imported here, because torch reads the number of threads at its import.
+        # Imported only now: torch reads the number of threads, set by `prepare_process`, at its import.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import prune_runs
@@ -30,7 +30,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         with stop_requests() as should_stop:
             trained = trainer.train(stage.params, splits, states, callbacks.functions(should_stop))
         for row in trained.rows:
-            if row.step <= trained.resumed_from:  # log the steps before the interruption, too
+            if row.step <= trained.resumed_from:  # this MLflow run lacks the steps before the interruption
                 losses = {"train/loss": row.train_loss, "val/loss": row.val_loss}
                 stage.tracker.metrics(losses, row.step)
         if stage.is_main_process:
@@ -39,7 +39,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
             stage.tracker.artifact(CURVE, "reports")
             stage.tracker.artifact(MODEL / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
-    if stage.is_main_process:  # only after success, because a failed stage resumes from its training states
+    if stage.is_main_process:  # the stage succeeded; a failed stage would resume from the states
         shutil.rmtree(states, ignore_errors=True)
 
 
