@@ -93,10 +93,10 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     if rule.val_start is None:  # tokenization.split is `hash`, so the val documents are a random sample
         share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
         expected = share * len(corpus.documents)
-        # In a fair split, the number of documents is binomial, with this standard deviation.
+        # In a random split, the number of documents is binomial, with this standard deviation.
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))
         row["share_deviation"] = abs(documents - expected) / deviation
-        what = f"{name}: standard deviations of its size from a fair split"
+        what = f"{name}: number of documents, in standard deviations from the expected number"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
         suite.append(bound("share_deviation", what, advice, most=params.max_val_deviation))
     return Table(name, [{"id": name, "source": split.path.name, **row}], suite)
