@@ -1,1 +1,1 @@
-"""Functions and classes that the modules of every other folder may use."""
+"""Functions and classes for all modules of compactgpt."""

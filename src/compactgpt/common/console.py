@@ -27,7 +27,7 @@ class Progress(Protocol):
     """The type of a function that shows how much of a long computation is done."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-        """Show that `done` of `total` units are finished, and `figures`: values by name, as text."""
+        """Show that `done` of `total` units are finished. Also show `figures`, which maps names to values."""
 
 
 def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
@@ -43,7 +43,7 @@ class ProgressBar:
         self._next_line = 0.0
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-        """Show that `done` of `total` units are finished, and `figures`: values by name, as text."""
+        """Show that `done` of `total` units are finished. Also show `figures`, which maps names to values."""
         if sys.stderr.isatty():
             self._draw(done, total, figures)
         elif time.monotonic() >= self._next_line or done == total:
@@ -78,12 +78,12 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         user_error = _user_error_of(error)
         if user_error is None:  # a bug, which needs its traceback
             raise
-        # If all processes raise the same error, only the main process prints it. The following errors may
-        # occur in a single process, which prints them.
+        # The main process prints every error. Other processes print only errors that can occur in a single
+        # process: errors of all processes would be printed several times.
         single_process_errors = BadData | DiskFull | MissingInput | OutOfMemory
         if dist_info().is_main_process or isinstance(user_error, single_process_errors):
             report(f"error: {user_error}")
-        # Ignore SIGTERM: torchrun sends it to all processes if one fails, which would change this exit code.
+        # Ignore SIGTERM to keep this exit code: torchrun sends SIGTERM to all processes if one fails.
         if under_torchrun():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(user_error.exit_code) from error
@@ -108,7 +108,7 @@ def _user_error_of(error: Exception) -> UserError | None:
 
 
 def _extra_with(module: str) -> str:
-    """Return the extra of this package that installs `module`, or an empty string."""
+    """Return the extra of this package that installs `module`; if no extra does, an empty string."""
     from importlib import metadata  # this import takes 50 ms, and only an error message needs it
 
     package = module.partition(".")[0].replace("_", "-")

@@ -56,7 +56,7 @@ def prepare_process(num_threads: int) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """Return `device`, or the fastest device if it is `auto`; raises BadConfig if torch lacks the device."""
+    """Return `device`, or for `auto` the fastest device. Raises BadConfig if torch can't use `device`."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -72,7 +72,7 @@ def uncommitted_changes(root: Path) -> tuple[bytes, list[str]]:
             left_out.append(f"{printable(name)} ({reason})")
         else:
             words = ["diff", *options, "--no-index", "--", os.devnull, name]
-            diff += run_git(root, *words, allowed=(0, 1))  # git's exit code 1: the files differ
+            diff += run_git(root, *words, allowed=(0, 1))  # exit code 1 only says that the files differ
     return diff, left_out
 
 

@@ -56,7 +56,9 @@ def read_yaml(path: Path) -> Any:
         content = path.read_bytes()
         return copy.deepcopy(parse_yaml(content))
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
+        raise MissingInput(
+            f"{path} is missing: run from the repository folder, or give the path of the file"
+        ) from error
     except YAML_ERRORS as error:
         if conflict := find_conflict(path.name, content):
             raise BadConfig(conflict) from error
@@ -71,7 +73,7 @@ def parse_yaml(content: bytes | str) -> Any:
 
 
 def find_conflict(name: str, content: bytes) -> str:
-    """Return an error message if a file has conflict markers of git, or an empty string."""
+    """Return an error message if a file has git's conflict markers; without markers, an empty string."""
     if not _MARKER.search(content):  # one marker is enough: the user may have removed the others
         return ""
     found = f"{name} has conflict markers of an unresolved merge"
@@ -86,10 +88,10 @@ def find_conflict(name: str, content: bytes) -> str:
 def check_section(tree: Any, section: type[SectionType], source: str) -> SectionType:
     """Return parsed YAML as an object of the class `section`.
 
-    Raises BadConfig with all mistakes, in a message that names the file as `source`.
+    Raises BadConfig with all mistakes in one message, which begins with `source`, the name of the file.
     """
     try:
-        # Through JSON, because pydantic in strict mode accepts a list for a tuple only from JSON.
+        # Validate JSON text, not `tree`: pydantic in strict mode accepts a list for a tuple only from JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]

@@ -21,7 +21,7 @@ _LEFTOVER = re.compile(r"\.(\d+)\.compactgpt-(?:tmp|old)")
 
 
 def fsync_folder(folder: Path) -> None:
-    """Sync a folder's list of files to the disk."""
+    """Call fsync on a folder, so that its list of files is on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,7 +30,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, and sync their names to the disk."""
+    """Create a folder and its missing parents, and write their names to the disk (fsync)."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -139,13 +139,13 @@ def atomic_folder(
     facts: dict[str, Any] | None = None,  # more keys for the manifest; the `with` block may change them
     *,
     kind: str = "",  # the kind of content, such as `model`, for the manifest
-    overwrite: bool = False,  # allow changed files in `folder`, but not added files
-    force: bool = False,  # allow any files in `folder`: only for folders under .state
+    overwrite: bool = False,  # replace `folder` even if its files were changed, but not if files were added
+    force: bool = False,  # replace `folder` whatever files it has: only for folders under .state
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    Raises NotAllowed, and keeps `folder`, if it has another `kind`, or if files were added or changed since
-    it was written.
+    Raises NotAllowed and keeps `folder` if the folder's manifest has a kind other than `kind`, or if the
+    folder's files differ from its manifest.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
@@ -156,7 +156,7 @@ def atomic_folder(
         temporary.mkdir()
         yield temporary
         _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
-        # The second check: a user may have changed `folder` during the `with` block.
+        # Check a second time: a user may have changed `folder` during the `with` block.
         _check_replaceable(target, kind, overwrite=overwrite, force=force)
         _replace_folder(temporary, target)
     finally:
@@ -185,7 +185,7 @@ def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, force: bool)
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Sync all files of a folder to the disk, and write their manifest."""
+    """Write all files of a folder to the disk (fsync), then its manifest, which also contains `facts`."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -195,7 +195,7 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_json(folder / MANIFEST, {**facts, "files": files})  # also syncs the folder
+    write_json(folder / MANIFEST, {**facts, "files": files})  # also calls fsync on the folder
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
@@ -237,9 +237,9 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = False) -> str:
-    """Return a message about the first file that was added, changed or deleted, or an empty string.
+    """Return a message about the first file that was added, changed or deleted since `files` were listed.
 
-    `added_only` ignores changed and deleted files.
+    Returns an empty string if no file differs. With `added_only`, ignores changed and deleted files.
     """
     listed = {folder / name for name in files}
     # No manifest lists manifests, so those of `folder` and of subfolders with listed files are allowed.
@@ -254,7 +254,7 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
 
 
 def _difference(path: Path, entry: Mapping[str, Any]) -> str:
-    """Return how a file differs from its manifest entry, or an empty string."""
+    """Return how a file differs from its manifest entry; if it does not differ, an empty string."""
     if not path.is_file():
         return f"{path} is missing"
     if (size := path.stat().st_size) != entry["bytes"]:
