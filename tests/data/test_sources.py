@@ -75,7 +75,7 @@ def test_a_stopped_download_resumes_to_the_same_bytes(tmp_path, stop_at):
     assert collect_in(tmp_path, numbered(read=read), LIMITS, messages.append) == undisturbed
     assert files_of(tmp_path / "documents") == files_of(tmp_path / "undisturbed/documents")
     # What finished shards hold was not read again.
-    assert (read[0] > 0) == ("of an earlier run are kept" in messages[0]) == (stop_at > 20)
+    assert (read[0] > 0) == ("of an earlier `download` are kept" in messages[0]) == (stop_at > 20)
 
 
 @pytest.mark.parametrize(("identity", "limits"), [("v2", LIMITS), ("v1", Limits(shard_bytes=500))])

@@ -100,7 +100,7 @@ def test_a_failure_is_reported_the_same_way_twice_with_count_and_three_documents
     ids = [new_document(f"short {n}", "").id for n in range(3)]
     examples = failures(report)[BETWEEN, "n_characters"]["examples"]
     assert examples == [{"id": each, "source": "short", "value": 7} for each in ids]
-    expected = r"fail 1 of 14 .* 4 of 34 documents do not fulfil this, such as short \w+ \(7\)"
+    expected = r"fail 1 of 14 .* 4 of 34 documents do not fulfil this expectation, such as short \w+ \(7\)"
     with pytest.raises(CheckFailed, match=f"(?s){expected}"):
         require_success(report, "the documents", "change the bounds")
 

@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One text of a corpus, before short, long and repeated texts are left out."""
+    """One text of a corpus. `download` leaves out short, long and repeated texts later."""
 
     text: str
     source: str
@@ -38,11 +38,11 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of texts that can be read from any position."""
+    """The texts of a corpus, with a function that reads the texts from any position."""
 
     name: str  # the value of `download.corpus` in params.yaml
-    identity: Any  # a JSON value; after a change, shards of a stopped run are not used
-    parts: Sequence[Part]  # in reading order
+    identity: Any  # a JSON value; if the value changes, shards of a stopped `download` are not used
+    parts: Sequence[Part]  # in the order in which `read` yields their texts
     read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; for None, all texts
     lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
 
@@ -111,7 +111,7 @@ def write_shards(
 ) -> Iterator[Path]:
     """Write documents into shards in `folder`; yield the path of each complete shard.
 
-    A shard ends with the document that fills `shard_bytes`. The first shard has the number `first`.
+    A shard ends with the document that brings its text to `shard_bytes`. `first` is the first shard's number.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -134,7 +134,7 @@ def write_shards(
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 missing -= size
                 group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
-        # The caller can store its position now: no document of the next shard was taken yet.
+        # The caller can store how far `documents` was read: no document of the next shard was taken.
         yield path
 
 

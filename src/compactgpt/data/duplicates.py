@@ -39,13 +39,13 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_NEIGHBOURS = 8  # `_candidates` pairs each document with this many later documents of its bucket
+_NEIGHBOURS = 8  # `_candidates` pairs a document with at most this many later documents of equal key
 # `digest_documents` stores at most about this many train documents for each run of words.
 _OWNERS_PER_RUN = 10
 
 
 def word_hashes(text: str) -> Hashes:
-    """Return the hash of each word of a text, shape (words,), without punctuation and case.
+    """Return the hash of each word of a text, shape (words,). Punctuation and case are ignored.
 
     In a script without spaces, each character is a word.
     """
@@ -70,7 +70,7 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 
 
 class Digest(NamedTuple):
-    """Tables about the n documents of one row group, or of the whole corpus."""
+    """What `find_twins` and `find_overlap` need to know about the n documents of a row group or corpus."""
 
     documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val (is in the val split)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
@@ -80,7 +80,7 @@ class Digest(NamedTuple):
 
 
 def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
-    """Return the sorted hashes of all runs of words in the val documents, shape (runs,)."""
+    """Return the hashes of all runs of `length` words in the val documents, sorted, shape (runs,)."""
     hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
@@ -90,7 +90,7 @@ def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes
 
 
 def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file: Path) -> Digest:
-    """Return the digest of one row group. The file `runs_file` contains the result of `val_runs`."""
+    """Return the `Digest` of one row group. The file `runs_file` contains the result of `val_runs`."""
     import pandas as pd
     import rensa
 
@@ -134,7 +134,7 @@ def digest_documents(
     num_workers: int,
     progress: Progress = silent,
 ) -> Digest:
-    """Return the digest of the whole corpus, which has `total` documents. The corpus is read twice."""
+    """Return the `Digest` of the whole corpus, which has `total` documents. Reads the corpus twice."""
     import pandas as pd
 
     runs = val_runs(groups, rule, params.overlap_words)
@@ -148,7 +148,7 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Not all train documents of a run are kept: those with the same licence would fill the memory.
+            # Keep only some train documents of each run: all documents with one licence would fill memory.
             is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.
@@ -169,12 +169,13 @@ def digest_documents(
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     """Return a table of twins: for a document, the most similar document in each split.
 
-    Columns: document and twin (rows of `corpus.documents`), score (similarity), in_val, across.
+    Columns: document and twin (rows of `corpus.documents`), score (estimated similarity, at least
+    `params.similarity`), in_val (the document is in val), across (the twin is in the other split).
     """
     import pandas as pd
 
     in_val, signatures = corpus.documents["in_val"].to_numpy(), corpus.signatures
-    # rensa's own search is not used: it takes 1.3 KB of memory per document.
+    # Search here, since the search in the library rensa takes 1.3 KB of memory per document.
     width = params.permutations // params.bands
     found = []
     # Two documents are compared if a band, `width` columns of MinHash values, is equal (Broder 1997).
@@ -192,19 +193,20 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     found += [pairs.rename(columns={"document": "twin", "twin": "document"}) for pairs in found]
     twins = pd.concat(found)
     twins["in_val"] = in_val[twins["document"]]
-    twins["across"] = twins["in_val"] != in_val[twins["twin"]]  # whether the twin is in the other split
+    twins["across"] = twins["in_val"] != in_val[twins["twin"]]
     twins = twins.sort_values(["document", "score", "twin"], ascending=[True, False, True])
     return twins.drop_duplicates(["document", "across"])
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Return pairs of documents with equal keys, as two arrays of document numbers."""
+    """Return pairs of documents whose `keys` are equal, as two arrays of document numbers."""
     # A bucket is all documents with one key. Train documents come first in a bucket.
     order = np.lexsort((in_val, keys))
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
-    # Not all pairs of a bucket are returned: 100,000 copies of a text have 5 billion pairs.
+    # Pair a document with the first and the next documents of its bucket, not with all: 100,000 copies of
+    # a text have 5 billion pairs.
     first, second = [bucket_starts[repeats]], [repeats]  # indices in `order`
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
@@ -219,7 +221,8 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
     """Return a table: how much of each val document is also in train (GPT-3, appendix C).
 
-    Columns: document and twin (rows of `corpus.documents`; -1: no twin), runs, seen, score = seen / runs.
+    Columns: document and twin (rows of `corpus.documents`; twin is -1 if no run is shared), runs (number of
+    the document's different runs), seen (number of these runs that are in train), score = seen / runs.
     """
     import pandas as pd
 
@@ -231,8 +234,8 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
     counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
     overlap = pd.DataFrame(
         {
-            "runs": hits[of_val].groupby("document").size(),  # number of different runs in the val document
-            "seen": shared.groupby("document")["run"].nunique(),  # number of these runs that occur in train
+            "runs": hits[of_val].groupby("document").size(),
+            "seen": shared.groupby("document")["run"].nunique(),
             "twin": counts.set_index("document")["twin"],  # the train document that shares most runs
         },
         index=pd.Index(np.flatnonzero(in_val), name="document"),

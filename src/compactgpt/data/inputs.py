@@ -28,7 +28,7 @@ def check_files(folder: Path) -> None:
 
     Raises BadData, for example for a named pipe, a broken link or a link to a folder.
     """
-    for parent, folders, files in os.walk(folder):  # `folders` has links to folders, too
+    for parent, folders, files in os.walk(folder):  # os.walk lists links to folders in `folders`
         for name in (*folders, *files):
             try:
                 name.encode("utf-8")

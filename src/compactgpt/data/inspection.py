@@ -42,7 +42,7 @@ def inspect(
     Raises MissingInput or BadData if an input is missing or damaged.
     """
     manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
-    # `verified_manifest` has verified the hashes of the token files.
+    # Do not verify again: `verified_manifest` has verified the hashes of the token files.
     splits = {name: open_tokens(tokens / f"{name}.tokens", verify=False) for name in SPLITS}
     groups = row_groups(documents)
     rule = split_rule(groups, manifest.get("split", "hash"), manifest["val_fraction"], corpus_facts["bytes"])
@@ -147,10 +147,10 @@ def _count_repetition(
 
 
 def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return a table of the val documents with a twin, or with an overlap above `flagged_overlap`."""
+    """Return a table of val documents: each has a twin, or a score above `flagged_overlap` in `overlap`."""
     import pandas as pd
 
-    # A twin in train comes before a twin in val, so `drop_duplicates` keeps the twin in train.
+    # Sort the twin in train before the twin in val: `drop_duplicates` keeps a document's first row.
     of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
     of_val = of_val.drop_duplicates("document").assign(kind="near duplicate")
     in_train = overlap[(overlap["twin"] >= 0) & (overlap["score"] > params.flagged_overlap)]
@@ -169,13 +169,13 @@ def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
 
 
 def uncompared(report: Mapping[str, Any], words: int) -> str:
-    """Return a message if most val documents have fewer than `words` words, else ''."""
+    """Return a message if most val documents have fewer than `words` words; if not, an empty string."""
     short, total = report["repetition"]["val_documents_without_runs"], report["val"]["documents"]
     if 2 * short <= total:
         return ""
     return (
-        f"{short:,} of {total:,} val documents have fewer than {words} words: the check can find whole "
-        "copies of these in train, but no parts; use longer documents, or lower inspection.overlap_words"
+        f"{short:,} of {total:,} val documents have fewer than {words} words: a copy of such a document in "
+        "train is found only if it is complete; use longer documents, or lower inspection.overlap_words"
     )
 
 

@@ -1,6 +1,6 @@
 """Write the document shards and the tokenizer of the stage `download`.
 
-A stopped run leaves its finished shards in .state/download. The next run resumes after them.
+A stopped `download` leaves its finished shards in .state/download. The next `download` keeps these shards.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
     """Write a corpus as document shards into `folder`; return the report.
 
-    The folder `state` keeps the shards of a stopped run. Raises BadData if no document is left.
+    The folder `state` keeps the finished shards of a stopped call. Raises BadData if no document is kept.
     """
     # `atomic_folder` writes `facts` into manifest.json at the end of the `with` block.
     facts: dict[str, Any] = {"corpus": corpus.name}
@@ -128,7 +128,7 @@ def _left_out(numbers: dict[str, int]) -> str:
 
 def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
     for group in row_groups(folder):
-        # A stopped run can leave a shard that progress.json does not list: skip it.
+        # A stopped `download` can leave a shard that progress.json does not list: skip it.
         if group.path.name in shards:
             for document_id, _ in read_names(group):
                 yield bytes.fromhex(document_id)  # bytes: half the memory of hex digits
@@ -147,9 +147,9 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
     if progress.get("key") == key:
         collected = Collected(**progress["collected"])
         documents, shards = sum(collected.documents), len(collected.shards)
-        log(f"{documents:,} documents in {shards} shards of an earlier run are kept")
+        log(f"{documents:,} documents in {shards} shards of an earlier `download` are kept")
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # remove shards of another corpus
+        shutil.rmtree(folder, ignore_errors=True)  # remove shards that were not made from `inputs`
         zeros = [0] * len(corpus.parts)
         collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
     # Ids of all documents, to find duplicates: 100 bytes each, 0.8 GB for OpenWebText.
@@ -168,12 +168,15 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
 def _select(
     texts: Iterator[Text], lengths: range, limits: Limits, collected: Collected, seen: set[bytes]
 ) -> Iterator[Document]:
-    """Yield the documents to keep; count kept and left-out texts in `collected`."""
+    """Yield the documents to keep; count kept and left-out texts in `collected`.
+
+    `lengths` are the allowed numbers of characters. `seen` has the ids of kept texts, to find duplicates.
+    """
     max_documents = limits.max_documents or sys.maxsize
     max_bytes = limits.max_bytes or sys.maxsize
     # Test the limit before `next`, so that no text is read after the last kept document.
     while sum(collected.documents) < max_documents and (text := next(texts, None)) is not None:
-        # Store the position of left-out texts, too: a resumed run must not count them again.
+        # Store the position of left-out texts, too: a resumed `download` must not count such a text twice.
         collected.position = text.position
         if not text.text.strip():
             collected.left_out["empty"] += 1
@@ -184,7 +187,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(collected.bytes) + size > max_bytes:
-            return  # not `continue`: kept documents must be the beginning of the corpus
+            return  # stop here: with a later, shorter text, the kept text would have a gap
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

@@ -1,6 +1,6 @@
 """Cut a text file into documents, as `download.files.split` in params.yaml says.
 
-Memory holds at most two documents and the first `split_over_characters` of the file.
+At most two documents are in memory. With `split: auto`, the start of the file is in memory, too.
 """
 
 import codecs
@@ -88,7 +88,8 @@ def _cut(
 ) -> Iterator[list[Line]]:
     """Yield the lines of each piece.
 
-    A piece ends at the first boundary (see `_is_boundary`) after `least` characters, or after `most`.
+    A piece ends at the first boundary (`_is_boundary`) after `least` characters. Without a boundary, the
+    piece ends after `most` characters.
     """
     previous: list[Line] = []  # the piece before the current piece
     current: list[Line] = []

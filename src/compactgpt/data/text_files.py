@@ -125,7 +125,7 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
                 yield text, f"{name}:{line}" if line else name, cut
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # `errno`: the disk failed, the file may be right
+            raise  # an error with `errno` comes from the disk: the file may be undamaged
         problem = "is damaged, or was cut short, or is not of the kind that its name says"
         raise BadData(f"{shown} {problem} ({one_line(error)}): replace or remove the file") from error
 
@@ -137,7 +137,7 @@ def _open(path: Path, name: str, params: Download) -> io.BufferedReader:
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads a compressed file. Raises BadData if the decompressed content is larger than allowed."""
+    """Reads a compressed file. Raises BadData if the decompressed content is over a limit of `params`."""
 
     def __init__(self, path: Path, name: str, params: Files) -> None:
         import pyarrow as pa

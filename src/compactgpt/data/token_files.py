@@ -30,7 +30,7 @@ HEADER_BYTES = 1024  # number of bytes in the header, padded with spaces
 INDEX = ".index.safetensors"  # the suffix of a document index: `val.tokens` has `val.index.safetensors`
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
-# A document's number, and its tokens after a start token, which no model must predict.
+# (number of a document, its token ids after a start token). The start token is never a target.
 Stream = tuple[int, npt.NDArray[np.int64]]
 
 
@@ -130,9 +130,10 @@ def write_tokens(path: Path, files: Sequence[TokenFile]) -> None:
 
 
 def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
-    """Open a token file and its document index. Raises MissingInput or BadData.
+    """Open a token file and its document index.
 
-    `verify` compares both files with the hashes in the manifest, if there is one.
+    With `verify`, both files must have the hashes in their folder's manifest, if the folder has a manifest.
+    Raises MissingInput if a file is missing, and BadData if a file is damaged.
     """
     index_file = path.with_suffix(INDEX)
     for each in (path, index_file):

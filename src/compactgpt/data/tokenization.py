@@ -48,16 +48,19 @@ class SplitRule:
 
 
 def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size: int) -> SplitRule:
-    """Return the rule that divides a corpus of `size` bytes into train and val."""
+    """Return the rule that divides a corpus of `size` bytes into train and val.
+
+    `split` is `hash` (val documents are chosen by their ids) or `tail` (val is the end of the corpus).
+    """
     if split == "hash":
         return SplitRule(val_fraction)
-    wanted = val_fraction * size  # the split `tail`: val is the end of the corpus, as in nanoGPT
+    wanted = val_fraction * size  # bytes of text that val still needs; val is the end, as in nanoGPT
     for group in reversed(groups):  # from the end, so that only the val documents are read
         for row, document in reversed([*enumerate(read_row_group(group))]):
             wanted -= len(document.text.encode())
             if wanted <= 0:
                 return SplitRule(val_fraction, (group.path.name, group.number, row))
-    return SplitRule(val_fraction, ("", 0, 0))  # the corpus has no document
+    return SplitRule(val_fraction, ("", 0, 0))  # reached only if the corpus has no document
 
 
 def tokenize(
@@ -104,7 +107,7 @@ def tokenize(
     with atomic_folder(folder, {**facts, **how}, kind="tokens") as temporary:
         for split in SPLITS:
             paths = [chunks / shard[0].path.stem / f"{split}.tokens" for shard in shards]
-            # `encode_shard` has verified the hashes of the chunks.
+            # Do not verify: `encode_shard` has just written the chunks, or has verified them.
             parts = [open_tokens(path, verify=False) for path in paths]
             if not any(part.header.documents for part in parts):
                 raise BadData(
@@ -126,9 +129,12 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Write the chunk of one shard, and return the number of bytes of text in the shard."""
+    """Write the token files of one shard (a chunk); return the number of bytes of text in the shard.
+
+    `groups` are the row groups of the shard. `chunks` is the folder of all chunks.
+    """
     chunk = chunks / groups[0].path.stem
-    with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
+    with suppress(UserError, KeyError):  # raised for a missing or damaged chunk, which is written below
         return int(verified_manifest(chunk)["text_bytes"])  # the chunk was finished before an interruption
     encode = load_encoder(tokenizer, library)
     parts: dict[str, list[TokenFile]] = {split: [] for split in SPLITS}
@@ -173,7 +179,7 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int)
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    num_cpus = None if address else num_workers  # a running cluster knows its number of processors
+    num_cpus = None if address else num_workers  # None: a running cluster knows its number of CPUs
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     try:
         ray.init(address or "local", num_cpus=num_cpus, **quiet)
@@ -183,7 +189,7 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int)
             "RAY_ADDRESS to the address of a running cluster, or set tokenization.engine to local"
         ) from error
     try:
-        # `function` is a functools.partial, which ray.remote does not accept.
+        # A lambda, since `function` is a functools.partial, which ray.remote does not accept.
         remote = ray.remote(num_cpus=1)(lambda task: function(task))  # noqa: PLW0108
         for reference in [remote.remote(task) for task in tasks]:
             yield ray.get(reference)

@@ -56,7 +56,7 @@ def validate(
             counts["bytes"] += len(document.text.encode())
             counts["wrong_ids"] += _hash(document.text) != document.id
             id_hashes += bytes.fromhex(_hash(document.id))
-            # All copies of a text have one hash: the sample has all or none. Integers avoid rounding.
+            # Sample by hash: of equal texts, the sample has all or none. Integers avoid rounding.
             hash_bound = 2**64 * params.max_rows
             if total <= params.max_rows or int(_normalised_hash(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
@@ -77,7 +77,7 @@ def _hash(text: str) -> str:
 
 
 def _normalised_hash(text: str) -> str:
-    """Return a hash of the text without case and white space."""
+    """Return a hash of a text that ignores case and white space."""
     return _hash("".join(text.split()).casefold())
 
 
@@ -106,9 +106,9 @@ def document_row(document: Document) -> dict[str, Any]:
 def bound(
     column: str, what: str, advice: str, *, least: float | None = None, most: float | None = None
 ) -> Any:
-    """Return an expectation for a one-row table: `column` is from `least` to `most`.
+    """Return an expectation for a one-row table: the value in `column` is from `least` to `most`.
 
-    If the expectation fails, `what` and `advice` are in the message.
+    None sets no limit. In the message of a failure, `what` names the value, and `advice` says what to do.
     """
     from great_expectations import expectations as gxe
 
@@ -192,8 +192,9 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
             examples = ", ".join(
                 f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"]
             )
-            broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"
-            line = f"expected: {result['description']}; {broken}, such as {examples}"
+            broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']}"
+            line = f"expected: {result['description']}; {broken} do not fulfil this expectation, "
+            line += f"such as {examples}"
         lines.append(f"  {line}; {result['advice']}\n")
     if lines:
         failed = f"{what} fail {len(lines)} of {len(report['expectations'])} expectations"
@@ -204,9 +205,9 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 
 
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
-    """Check the tables, write Data Docs into `docs`, and return a result per expectation.
+    """Check the tables, write Data Docs into `docs`, and return the result of each expectation.
 
-    Raises NotAllowed if a file of `docs` was added or changed.
+    Data Docs show `run_name`. Raises NotAllowed if the files in `docs` differ from their manifest.
     """
     import great_expectations as gx
 
@@ -295,7 +296,7 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     for page in docs.rglob("*.html"):
         page.write_text(_REMOTE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
-    # Delete GX's fonts, logos and videos: only the removed HTML used them.
+    # Delete GX's fonts, logos and videos: only the HTML that `_REMOTE` matches used them.
     shutil.rmtree(docs / "static", ignore_errors=True)
     pages = []
     for page in sorted((docs / "validations").rglob("*.html")):

