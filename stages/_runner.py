@@ -88,7 +88,8 @@ class Stage:
 def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "") -> Iterator[Stage]:
     """Lock a stage and open its MLflow run, for a `with` block.
 
-    `logged` names the sections of params.yaml that MLflow shows. `item` is `xz` for `baseline@xz`.
+    `tracker` is `mlflow` or `none`. `logged` names the sections of params.yaml that MLflow shows. `item` is
+    the part of a DVC stage's name after `@`, such as `xz` in `baseline@xz`.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -101,7 +102,7 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, {})  # empty for a stage that dvc.yaml does not have
-            # Hashes are read before `load_params`: then `_require_unchanged` notices each later change.
+            # Read hashes before `load_params`, so that `_require_unchanged` notices each later change.
             hashed, files = _read_params(definition), _read_files(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
@@ -142,7 +143,7 @@ def _require_unchanged(
     stage: str, definition: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran."""
-    # DVC hashes dependencies after the command: dvc.lock would record the changed ones (treeverse/dvc#11058).
+    # Check here: after the command, DVC would record changed dependencies as used (treeverse/dvc#11058).
     new_params, new_files = _read_params(definition), _read_files(definition)
     changed = [
         f"{key} ({old} -> {new})"
@@ -161,7 +162,7 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return a message with the stage's number and the minutes left, by each stage's last duration."""
+    """Return a message with the stage's number and the minutes left, estimated from earlier durations."""
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
     minutes = sum(float(file.read_text()) for file in files) / 60
@@ -191,9 +192,9 @@ def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...])
 
 
 def start_processes(module: str, tracker: str) -> None:
-    """Start a stage script in several processes, and exit with their exit code.
+    """Start the script `module` in `launcher.processes` processes, and exit with the exit code of `launch`.
 
-    For one process, or in a process that torchrun started, do nothing.
+    Does nothing if the number of processes is 1, or if torchrun started this process.
     """
     with handle_user_errors():
         launcher = load_params(_PARAMS).training.launcher
@@ -209,7 +210,10 @@ def start_processes(module: str, tracker: str) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """In a `with` block, exit with code 143 on SIGTERM. Then ignore SIGTERM, to keep the exit code."""
+    """In a `with` block, exit with code 143 on SIGTERM.
+
+    After the block, ignore SIGTERM, so that the exit code stays the same.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield

@@ -17,7 +17,7 @@ def main(
     name: Annotated[str, typer.Argument(help="A name from baseline.specs in params.yaml; DVC sets it.")] = "",
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Evaluate one baseline on the val split. A neural one is also tested on tasks, and generates text."""
+    """Evaluate one baseline on the val split. A neural baseline also solves tasks and generates text."""
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.baselines import load_baseline

@@ -22,7 +22,7 @@ SHOWN_COLUMNS = ("model", "seen_context", "val_loss", "val_perplexity", "bits_pe
 @app.command()
 def main(
     show: Annotated[
-        bool, typer.Option("--show", help="Print the answer and two tables of the last run; write no file.")
+        bool, typer.Option("--show", help="Print summary and tables of reports/evidence.json; write no file.")
     ] = False,
     quote: Annotated[
         list[Path] | None, typer.Option(help="Replace the tables in this page; write no other file.")
@@ -83,7 +83,7 @@ def _show(language: "Language") -> None:
 
 
 def _note_rows(view: "View") -> Iterator[list[str]]:
-    """Yield rows: a title, a cell for each claim, and the values of the model trained here."""
+    """Yield rows of the claims table: title, one cell per claim, values of the model trained here."""
     for title, claims, here in view.note_rows():
         row = [title]
         for claim in claims:
@@ -93,7 +93,7 @@ def _note_rows(view: "View") -> Iterator[list[str]]:
 
 
 def _measured_rows(view: "View") -> Iterator[list[str]]:
-    """Yield the rows of the table of measured scores; only the column `ratio` keeps its intervals."""
+    """Yield the rows of the table of measured scores. Only the column `ratio` has confidence intervals."""
     from compactgpt.reporting.tables import COLUMNS
 
     for cells in view.measured_rows():

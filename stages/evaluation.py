@@ -35,7 +35,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         found = evaluate(compact, split, encoding, likelihood, windows)
         write_totals(Path("data/evaluation/compact.parquet"), found)
         text = generate_texts(compact, split, encoding, settings.text, texts)
-        samples = {key: text.pop(key) for key in ("settings", "samples")}  # these go to samples.json
+        samples = {key: text.pop(key) for key in ("settings", "samples")}  # for samples.json and samples.md
         write_text(REPORTS / "samples.md", samples_markdown(samples))
         stage.report(REPORTS / "samples.json", samples)
         report = summarize("compact", compact, found, split, likelihood) | {"text": text}

@@ -30,7 +30,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         with stop_requests() as should_stop:
             trained = trainer.train(stage.params, splits, states, callbacks.functions(should_stop))
         for row in trained.rows:
-            if row.step <= trained.resumed_from:  # this MLflow run lacks the steps before the interruption
+            if row.step <= trained.resumed_from:  # logged in an earlier MLflow run, not yet in this one
                 losses = {"train/loss": row.train_loss, "val/loss": row.val_loss}
                 stage.tracker.metrics(losses, row.step)
         if stage.is_main_process:
@@ -39,7 +39,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
             stage.tracker.artifact(CURVE, "reports")
             stage.tracker.artifact(MODEL / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
-    if stage.is_main_process:  # the stage succeeded; a failed stage would resume from the states
+    if stage.is_main_process:  # the stage succeeded: delete its checkpoints (a failed stage needs them)
         shutil.rmtree(states, ignore_errors=True)
 
 
