@@ -53,7 +53,7 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
 
 
 def expected_loss(params: Params) -> ExpectedLoss:
-    """Return the loss that the rule `expect_loss` predicts for the configured run."""
+    """Return the loss that the rule `expect_loss` predicts for the run of params.yaml."""
     return _expected_loss(params.model, params.training, params.training.optimizer, params.estimate)
 
 
@@ -94,7 +94,7 @@ def estimate_run(
     optimizer: str,
     settings: Estimate,
 ) -> dict[str, Any]:
-    """Return the estimate of one run: key -> value. The value of `epochs` is None without `train_tokens`."""
+    """Return the estimate of one run: key -> value. `epochs` is a number only if `train_tokens` is."""
     run = run_of(model, training)
     flops_each = flops_per_token(model, training if isinstance(training, Training) else None)
     flops = {key: value * run.tokens for key, value in flops_each.items()}
@@ -182,7 +182,7 @@ def format_minutes(minutes: float) -> str:
 
 
 def format_estimate(report: Mapping[str, Any], settings: Estimate) -> str:
-    """Return the estimate of the configured run as a table for a terminal; `report` is from `estimate`."""
+    """Return the estimate of the run of params.yaml as a table for a terminal; `estimate` made `report`."""
     rows = [*_cost_rows(report["compact"], settings), *_loss_rows(report)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)
@@ -201,7 +201,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     unknown = f"unknown: only the pipeline counts the tokens of the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
-    counted = "with attention, and only the computed part of the output layer"
+    counted = "with attention, but without rows of the output layer that training does not compute"
     yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
@@ -217,7 +217,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
 
 def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     found, checks, sweep = report["compact"], report["calibration"], report["ladder"]
-    yield "loss by published laws", "nats per token; the laws were fitted to other text"
+    yield "loss by published laws", "nats per token; the laws were fitted to text other than this corpus"
     for law in LAWS:
         estimated = found["laws"][law.name]
         where = "inside" if estimated["inside_validity"] else "outside"
@@ -235,7 +235,8 @@ def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if sweep and sweep["expected_loss"]:
         yield from _interval_rows("the law of our sweep", sweep["expected_loss"])
     elif sweep:
-        yield "  the law of our sweep", f"does not apply: the sweep differs in {', '.join(sweep['differs'])}"
+        differs = ", ".join(sweep["differs"])
+        yield "  the law of our sweep", f"does not apply: the sweep's runs have another {differs}"
 
 
 def _interval_rows(name: str, loss: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

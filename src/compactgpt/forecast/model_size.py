@@ -9,16 +9,16 @@ from compactgpt.config import Model, Training
 class ParameterCounts:
     """The number of parameters of a GPT, counted by three different conventions."""
 
-    all_tensors: int  # head and token embedding are one matrix, counted once
+    all_tensors: int  # all parameters; head and token embedding share one matrix, counted once
     # Without position embeddings, as nanoGPT's get_num_params counts: N of Hoffmann's law.
     nanogpt: int
     non_embedding: int  # without token and position embeddings: N of Kaplan's law
 
 
 def count_parameters(model: Model) -> ParameterCounts:
-    """Return the parameter counts of nanoGPT's architecture with a tied head (nanoGPT, model.py)."""
+    """Return the parameter counts of a GPT as in nanoGPT's model.py: head and token embedding are tied."""
     C = model.n_embd
-    # If `bias` is true, a block has 9 C biases in its linear layers, and 2 C in its layer norms.
+    # 11 C biases: 9 C in the linear layers of a block, and 2 C in its layer norms. C is the width.
     block = 12 * C * C + 2 * C + (11 * C if model.bias else 0)
     final_norm = 2 * C if model.bias else C
     non_embedding = model.n_layer * block + final_norm
@@ -29,8 +29,8 @@ def count_parameters(model: Model) -> ParameterCounts:
 def flops_per_token(model: Model, training: Training | None = None) -> dict[str, int]:
     """Return the FLOPs of the forward and backward pass for one token.
 
-    `six_n` is 6 times nanoGPT's number of parameters. `with_attention` also counts attention, but only the
-    computed rows of the head (Chowdhery et al. 2022, appendix B).
+    `six_n` is 6 times nanoGPT's number of parameters. `with_attention` adds attention (Chowdhery et al. 2022,
+    appendix B). If training computes only the logits of sampled tokens, the head's other rows are left out.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -37,7 +37,7 @@ class Law:
     tokens: tuple[float, float]  # smallest and largest number of training tokens that the law was fitted on
 
     def covers(self, run: Run) -> bool:
-        """Return whether the law was fitted on runs of this size and length."""
+        """Return whether size and tokens of `run` are in the ranges that the law was fitted on."""
         size = run.num_params if self.counted == "nanogpt" else run.num_params_non_embedding
         inside_sizes = self.parameters[0] <= size <= self.parameters[1]
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
@@ -58,7 +58,8 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 def kaplan_loss(run: Run) -> float:
     """Return the loss (Nc / N)^aN + (Sc / S)^aS (Kaplan et al. 2020, equations 1.4 and 1.6).
 
-    N is the number of parameters; with an infinite batch, S steps are enough. `KAPLAN` has the constants.
+    N is the number of parameters. S is the number of steps that would be enough with an infinite batch.
+    `KAPLAN` has the constants.
     """
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
@@ -117,8 +118,9 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals, in nats per token.
 
-    Each law predicts a loss, scaled to the reference run that is nearest in compute. The 80 % interval is
-    the range of these losses, widened.
+    Each law is scaled to the measured loss of one reference run: the one of `anchors` nearest in FLOPs.
+    Of two equally near ones, it is the one with the same `optimizer`. The 80 % interval is the range of the
+    laws' losses, widened by the laws' error.
     """
     # Powers of ten between the FLOPs of two runs, rounded: the last bits must not decide which is nearest.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
@@ -151,7 +153,7 @@ class Calibration:
     """Checks of the rule `expect_loss`: each predicts a measured run from the other runs."""
 
     anchors: tuple[Anchor, ...]
-    checks: tuple[dict[str, Any], ...]  # one row of reports/estimate.json for each measured run
+    checks: tuple[dict[str, Any], ...]  # for each measured run, its loss and the prediction for it
 
     def factor(self, share: float) -> float:
         """Return the factor that scales the 80 % interval until it contains `share` of the measured losses.
@@ -163,7 +165,7 @@ class Calibration:
         return float(ordered[min(rank, len(ordered)) - 1])
 
     def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
-        """Return the result of `expect_loss`, with each interval scaled by the method `factor`."""
+        """Return the result of `expect_loss` but with calibrated intervals, see `factor`."""
         rule = expect_loss(run, optimizer, vocab_size, self.anchors)
         middle, half = _middle_and_half(rule)
         half_80, half_95 = half * self.factor(0.80), half * self.factor(0.95)
@@ -193,7 +195,7 @@ class Calibration:
 def calibrate(measured: Sequence[Anchor], vocab_size: int) -> Calibration:
     """Check the rule `expect_loss`: predict each measured run from the other runs.
 
-    A run with an assumed number of steps predicts no other run.
+    A run whose number of steps is a guess is predicted, too, but is not used to predict other runs.
     """
     known = tuple(anchor for anchor in measured if not anchor.assumed_budget)
     checks = []

@@ -22,7 +22,7 @@ from compactgpt.forecast.scaling_laws import run_of
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
 
-# Larger errors are not squared, so outliers count less (Hoffmann et al. 2022, appendix D.2).
+# Errors of log(loss) above this value are not squared: outliers count less (Hoffmann et al. 2022, D.2).
 HUBER_DELTA = 1e-3
 RESAMPLES = 400  # number of bootstrap resamples of the runs
 SEED = 1337
@@ -31,7 +31,7 @@ NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",
 }  # fmt: skip
-# The law has these keys as inputs, so the predicted run may have other values than the sweep.
+# Keys that may differ between sweep and predicted run: they set N and D, the inputs of the law.
 SIZE_AND_BUDGET = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
 
 
@@ -62,7 +62,7 @@ class Fit(Section):
     form: FormName
     constants: tuple[float, ...]
     draws: tuple[tuple[float, ...], ...]  # constants fitted to each bootstrap resample of the runs
-    # log(measured / predicted loss) of the largest runs, predicted by a fit to the smaller runs
+    # log(measured / predicted loss) of the sweep's largest runs, predicted by a fit to its smaller runs
     misses: tuple[float, ...]
     errors: dict[FormName, float]  # form -> root mean square of the form's misses
 
@@ -74,7 +74,7 @@ class Sweep(Section):
     settings: dict[str, Any]  # settings that affect the loss, see `recipe`
     data_sha256: Sha256  # hash of the token file of the val split
     train_tokens: int
-    val_tokens: int  # number of scored tokens
+    val_tokens: int  # number of scored tokens of the val split
     document_tokens: int | None = None  # of each val document, the first N tokens are scored; None: all
     documents: ScoredDocuments | None = None  # None: the runs have no losses by document
     runs: tuple[SweepRun, ...]
@@ -85,15 +85,15 @@ class Sweep(Section):
 class Form:
     """A form of the scaling law: a sum of terms such as A / N^a.
 
-    `factors` returns the weight of each constant in the logarithm of each term.
+    The logarithm of a term is a weighted sum of constants: log A has weight 1, and a has weight -log N.
     """
 
     formula: str
-    factors: Callable[[float, float], list[list[float]]]  # (log N, log D) -> weights (terms, constants)
+    factors: Callable[[float, float], list[list[float]]]  # (log N, log D) -> weights by term and constant
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return the logarithms of the predicted losses; `constants` has a row for each loss."""
+        """Return the logarithm of the predicted loss for each set of constants, a row of `constants`."""
         factors = np.array(self.factors(math.log(num_params), math.log(tokens)))
         log_terms = np.asarray(constants) @ factors.T  # (rows, terms)
         log_losses: Floats = np.logaddexp.reduce(log_terms, axis=-1)
@@ -120,15 +120,15 @@ FORMS: dict[FormName, Form] = {
 
 
 def _fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return the constants of the best fit, starting from each of `starts`.
+    """Make a fit from each of the starting values `starts`, and return the constants of the best fit.
 
-    A fit minimizes a Huber loss (Hoffmann et al. 2022, appendix D.2).
+    A fit minimizes a Huber loss of the errors of log(loss) (Hoffmann et al. 2022, appendix D.2).
     """
     from scipy.optimize import least_squares
     from scipy.special import softmax
 
     by_run = [form.factors(math.log(run.num_params), math.log(run.tokens)) for run in runs]
-    factors = np.array(by_run)  # (runs, terms, constants)
+    factors = np.array(by_run)  # weights: (runs, terms, constants)
     measured = np.log([run.loss for run in runs])
 
     def residuals(constants: Floats) -> Any:
@@ -165,7 +165,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     while len(draws) < resamples:
         sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
         sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
-        # A resample with too few different runs can't be fitted, and another one is drawn.
+        # Fit only a resample with enough different runs, sizes and budgets; otherwise draw another one.
         if len({run.name for run in sample}) > len(constants) and min(len(sizes), len(budgets)) > 1:
             draws.append(_fit_form(form, sample, [constants]))
     return Fit(
@@ -174,9 +174,10 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 
 
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
-    """Return log(measured / predicted loss) of the largest runs, predicted by a fit to the smaller runs.
+    """Return log(measured / predicted loss) of the runs with the most tokens, then of the largest models.
 
-    The list is empty if the smaller runs are too few.
+    A fit to the runs with fewer tokens, or smaller models, predicts these losses. Returns an empty list if
+    there are too few such runs for a fit.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -206,7 +207,7 @@ def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
 
 
 def read_sweep(path: Path) -> Sweep | None:
-    """Read a sweep; None if the file is missing. Raises BadConfig if it is damaged."""
+    """Return the sweep in the file `path`; None for a missing file. Raises BadConfig for a damaged file."""
     return load_section(path, Sweep) if path.exists() else None
 
 
@@ -227,7 +228,7 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
-        # Older files of sweeps have no key `split`: their split was `hash`.
+        # Leave out the split `hash`: older files of sweeps with this split have no key `split`.
         **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 
@@ -246,7 +247,8 @@ def recipe(params: Params) -> dict[str, Any]:
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     """Return the section `ladder` of reports/estimate.json.
 
-    `expected_loss` is null if text or settings of `params` differ from the sweep's; `differs` has their keys.
+    `differs` lists the settings with another value in `params` than in the sweep, and `corpus` for another
+    text. If the list is not empty, `expected_loss` is null. Raises BadData if the sweep has no fit.
     """
     fit, run = sweep.fit, run_of(params.model, params.training)
     if fit is None:
@@ -268,7 +270,7 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
 def fit_sweep(path: Path, params_file: Path) -> str:
     """Fit the law to the runs in the file `path`, write the fit to this file, and return a summary.
 
-    Raises MissingInput, BadConfig or BadData.
+    Raises MissingInput or BadConfig for a missing or invalid file, and BadData for too few runs.
     """
     found, params = load_section(path, Sweep), load_params(params_file)
     fit = fit_runs(found.runs)

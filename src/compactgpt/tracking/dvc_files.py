@@ -74,7 +74,7 @@ def commit_named(root: Path, name: str) -> str:
 
 
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
-    """Parse the content of dvc.yaml, dvc.lock or params.yaml. None, a missing file, gives an empty dict.
+    """Parse the content of dvc.yaml, dvc.lock or params.yaml. Return an empty dict for the content None.
 
     `name` is the file's name for messages. Raises BadData if the file is not a YAML mapping.
     """
@@ -135,7 +135,7 @@ def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tu
         ((variable, items),) = body["matrix"].items()
         if isinstance(items, str):  # a reference to params.yaml, such as `${baseline.names}`
             items = value_at(params, items.strip("${}"))
-        # A value that is no list gives no stages: the check of params.yaml reports the error.
+        # Return no stages for a value that is no list: the check of params.yaml reports this error.
         for item in items if isinstance(items, list) else []:
             quoted = json.dumps(str(item))[1:-1]
             yield f"{name}@{item}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
@@ -160,7 +160,7 @@ def keep_lock(root: Path) -> None:
 
 
 def restore_lock(root: Path) -> bool:
-    """Replace an incomplete dvc.lock by the copy from `keep_lock`. Return False if dvc.lock is complete.
+    """Replace an incomplete dvc.lock by the copy from `keep_lock`. Return whether dvc.lock was replaced.
 
     Raises BadData for merge conflicts, or if there is no complete copy.
     """
@@ -285,9 +285,9 @@ class Cache:
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy the output `path` from DVC's cache or `place` to `target`. Return False if both lack it.
+    """Copy the output `path` with this MD5 from DVC's cache, or else from `place`, to `target`.
 
-    Raises BadData if a file in the cache was altered.
+    Returns False if neither has the output. Raises BadData if a file in the cache was altered.
     """
     if not cache.has(md5):
         content = place.read(path)

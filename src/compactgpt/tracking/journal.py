@@ -27,7 +27,7 @@ Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the repository has its own store
 EXPERIMENT = "compactgpt"
 JOURNAL = "journal.jsonl"
-BEFORE = "before"  # name of the folder with copies of dvc.lock and other files before the first stage
+BEFORE = "before"  # name of the folder with dvc.lock and other files as they were before the first stage
 LOCKED = "requirements.lock"
 MAX_DIGEST = 36  # the greatest number of characters that MLflow accepts as the hash of a data set
 _TAIL = 65_536  # bytes to read from the end of a journal: more than the last line can have
@@ -49,12 +49,12 @@ _METRICS = [
 
 
 def state_folder() -> Path:
-    """Return the repository's folder `.state`, also inside of a DVC experiment."""
+    """Return the repository's folder `.state`, even if DVC runs the stage in a temporary folder."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".state"
 
 
 def tracking_folder(root: Path) -> Path:
-    """Return the folder that contains the run folders of a repository."""
+    """Return the folder with all journals of the repository `root`."""
     return root / ".state" / "tracking"
 
 
@@ -106,7 +106,7 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the parameters that are logged to MLflow, by dotted key. `tree` has params.yaml.
+    """Return the parameters that are logged to MLflow, by dotted key. `tree` is the content of params.yaml.
 
     A mapping inside a section becomes one parameter, as a JSON string.
     """
@@ -191,7 +191,7 @@ class Journal:
     def keep_before(self, workspace: Path) -> None:
         """Copy dvc.yaml, dvc.lock, params.yaml, requirements.lock and the uncommitted changes to `before/`.
 
-        Only the first stage of a `dvc` process does so, because `before/` is in the shared run folder.
+        If `before/` exists, an earlier stage of this `dvc` process made these copies, and nothing is copied.
         """
         before = self.run_folder / BEFORE
         if before.exists():
@@ -256,7 +256,7 @@ class NullTracker:
 
 
 def journal_lines(raw: bytes) -> list[dict[str, Any]]:
-    """Parse a journal and return its lines without incomplete and damaged lines."""
+    """Return the parsed lines of a journal with the content `raw`, except incomplete and damaged lines."""
     lines = []
     for line in raw[: raw.rfind(b"\n") + 1].splitlines():
         with suppress(ValueError, RecursionError):
@@ -272,7 +272,7 @@ class JournalFile:
 
     @functools.cached_property
     def start(self) -> dict[str, Any]:
-        """The first line, of kind `start`, or an empty dict if this line is incomplete."""
+        """The first line of the journal, which has the kind `start`. Empty if this line is incomplete."""
         with open(self.path, "rb") as file:
             lines = journal_lines(file.readline())
         return lines[0] if lines else {}
@@ -286,7 +286,7 @@ class JournalFile:
     @property
     def status(self) -> str:
         """FINISHED, FAILED or KILLED, as in MLflow; empty while the stage runs."""
-        # Call `is_alive` before `last`: a stage that ends between the two would otherwise look killed.
+        # Call `is_alive` first: if `last` came first, a stage that ends between the calls would look killed.
         alive = is_alive(self.start)
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
@@ -302,7 +302,7 @@ class JournalFile:
 def is_alive(process: Mapping[str, Any]) -> bool:
     """Return whether the process that `process` describes still runs.
 
-    The keys are `pid` and `created`, the start time of the process in seconds since 1970.
+    `process` has the keys `pid` and `created`, the start time of the process in seconds since 1970.
     """
     import psutil
 

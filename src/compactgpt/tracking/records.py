@@ -31,7 +31,7 @@ Pair = tuple[Any, Any]  # (value in version A, value in version B); None stands 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the project, and what is known about the machine and packages of its run."""
+    """A version of the project's files, with its machine and its packages if they are known."""
 
     name: str  # the version's name in messages to the user
     place: Place  # the folder or commit with params.yaml, dvc.lock, dvc.yaml and reports/
@@ -65,7 +65,7 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
             f"experiment, or {WORKSPACE!r}"
         )
     place = Commit(root, commit)
-    # A commit has no list of installed packages, but requirements.lock has the versions to install.
+    # Use the versions in requirements.lock, because a commit has no list of installed packages.
     pinned = parse_versions((place.read(LOCKED) or b"").decode())
     return Version(f"{wanted} ({commit[:9]})", place, commit, packages=pinned)
 
@@ -76,7 +76,7 @@ def version_here(name: str, root: Path, commit: str = "", diff: bytes = b"") -> 
 
 
 def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
-    """Return the version of the MLflow run whose id begins with `wanted`, or None."""
+    """Return the version of the MLflow run whose id begins with `wanted`, or None if there is no such run."""
     from compactgpt.tracking.store import open_store, store_errors
 
     with store_errors(tracking_store()["uri"]):
@@ -88,7 +88,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
             raise BadConfig(f"the ids of {len(runs)} runs begin with {wanted}: type more of its characters")
         tags, run_id = runs[0].data.tags, runs[0].info.run_id
         folder = tempfile.mkdtemp(dir=scratch)
-        # Files such as dvc.lock are artifacts of the pipeline's run, the parent of a stage's run.
+        # Download from a stage's parent, the pipeline's run, because it has files such as dvc.lock.
         store.client.download_artifacts(tags.get("mlflow.parentRunId", run_id), "", folder)
     name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(Path(folder))
     if place.read(LOCK) is None:
@@ -100,7 +100,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     return Version(
         name,
         place,
-        commit if _COMMIT.fullmatch(commit) else "",  # any other text could act as an option of git
+        commit if _COMMIT.fullmatch(commit) else "",  # no other text: it could act as an option of git
         None if tags.get("git.dirty") == "true" and not diff else diff,
         {key: tags[key] for key in {*machine_facts(), "arithmetic"} if key in tags},
         parse_versions((place.read("environment/packages.txt") or b"").decode()),

@@ -26,6 +26,7 @@ def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: s
     """Log the trained model of a pipeline's run, unless MLflow has the model. Return the model's id.
 
     `weights` and `val` are the SHA-256 of the model's weights and of the val split.
+    `after` has dvc.lock and the reports as they were after the pipeline.
     """
     from mlflow.entities import Metric
 
@@ -42,14 +43,17 @@ def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: s
 
 
 def _logged(store: Store, weights: str) -> str:
-    """Return the id of the logged model with these weights; empty if none was logged completely."""
+    """Return the id of the model whose weights have this SHA-256; empty if none was logged completely."""
     wanted = f"tags.weights_sha256 = '{weights}'"
     found = store.client.search_logged_models([store.experiment], filter_string=wanted)
     return next((str(model.model_id) for model in found if model.status == "READY"), "")
 
 
 def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
-    """Log a pipeline's model to the MLflow run `run_id` in Hugging Face's format; return the model's id."""
+    """Log a pipeline's model in Hugging Face's format to an MLflow run, and return the model's id.
+
+    `after` has the pipeline's dvc.lock and reports. `tags` are the model's tags in MLflow.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # without network: all files are on this machine
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,11 +75,12 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
         # A served model uses these options if a request does not set them.
         options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),  # with only a path, MLflow fails
+            pipeline("text-generation", model=str(folder / NAME)),  # MLflow fails with a path
             name="compact",
             task="text-generation",
             run_id=run_id,
-            # MLflow copies the run's metrics of this step without their data set. No metric has step -1.
+            # MLflow copies the run's metrics of this step to the model, without their data set.
+            # No metric has step -1, so MLflow copies none.
             step=-1,
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
@@ -98,7 +103,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with the SHA-256 `weights` as champion and return its version number.
 
     Raises MissingInput for an unknown model.
-    Without `reason`, raises CheckFailed if the present champion has another configuration.
+    Raises CheckFailed if `reason` is empty and the present champion's configuration is not the model's.
     """
     import mlflow
 

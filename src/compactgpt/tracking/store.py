@@ -112,7 +112,7 @@ class Store:
         """Log the files of `folder` to an MLflow run, in its artifact folder `target` or at the top."""
         self.client.log_artifacts(run_id, str(folder), target)
         if (folder / DIFF).exists():
-            # Log DIFF again: `log_artifacts` makes the copy readable for all users, `log_artifact` does not.
+            # Log the uncommitted changes again, privately: `log_artifacts` made their copy readable for all.
             self.client.log_artifact(run_id, str(folder / DIFF), target)
 
     def start_monitor(self, run_id: str) -> Any:
@@ -138,7 +138,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     # Hide warnings about system metrics, because they contain the server's password.
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     uri, in_environment = wanted["uri"], os.environ.get("MLFLOW_TRACKING_URI", "")
-    if without_password(in_environment) == uri:  # use the address with the password
+    if without_password(in_environment) == uri:  # connect with the password, which `uri` lacks
         uri = in_environment
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
@@ -156,7 +156,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         if name and not client.get_experiment_by_name(name):
             client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
             if artifacts:
-                # Make MLflow's absolute path relative: a copy of the repository then has its own artifacts.
+                # Make the stored path of the artifacts relative: each copy of the repository has its own.
                 with closing(sqlite3.connect(database, timeout=20)) as opened, opened:
                     opened.execute(
                         "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
@@ -175,7 +175,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors in a `with` block into Unreachable. `uri` is for the message.
+    """Turn MLflow's errors in a `with` block into Unreachable, whose message has the store's address `uri`.
 
     A UserError, or an error of the disk, is raised unchanged.
     """
