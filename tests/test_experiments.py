@@ -175,7 +175,7 @@ def test_a_failure_of_dvc_or_its_absence_is_one_sentence(params_file, words_of_d
 def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file, words_of_dvc, tmp_path):
     done = run_experiment("shakespeare")
     assert done.exit_code == Unreachable.exit_code
-    advice = r"curl -fLo corpus/input.txt https://.* cp YOUR_COPY corpus/input.txt "
+    advice = r"curl -fLo corpus/input.txt https://.* `cp YOUR_COPY corpus/input.txt` "
     assert re.fullmatch(rf"error: .* karpathy/tiny_shakespeare .*{advice}.*\n", done.output)
     assert params_file.read_text() == TEXT
     assert not words_of_dvc.exists()

@@ -129,7 +129,7 @@ def test_a_local_copy_of_the_text_is_read_instead_of_the_hub(tmp_path, monkeypat
     content = b"One:\nfirst \xc3\xa9\n\nTwo:\nsecond\n"
     copy = {"file": "corpus/input.txt", "file_url": "https://localhost/input.txt", "separator": "\n\n"}
     copy["sha256"] = hashlib.sha256(content).hexdigest()
-    message = r"bring the text: curl -fLo corpus/input\.txt https://localhost/input"
+    message = r"get the text file: run `curl -fLo corpus/input\.txt https://localhost/input"
     with pytest.raises(Unreachable, match=message):
         write_corpus(tmp_path, params(None, **copy))
     write_bytes(tmp_path / "corpus/input.txt", content)

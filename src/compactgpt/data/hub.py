@@ -1,6 +1,7 @@
 """Download models and files from the Hugging Face hub, and upload models.
 
-A file in the hub's standard cache is read without a network.
+A file that is already in the local cache of huggingface_hub is read without a network. An error
+message ends with the function's argument `advice`: what the user can do.
 """
 
 import hashlib
@@ -15,17 +16,17 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachab
 from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.config import Folder, Hub, HubCorpus, Params
 
-# This report exists only after the stage `download` has finished.
+# If this report exists, the stage `download` has finished and does not need the hub.
 DOWNLOADED = Path("reports/download.json")
 _TIMEOUT_SECONDS = 5  # time limit of the request that checks the hub before a download
-# The files that `from_pretrained` needs. No file of these kinds contains pickles or code.
+# The files that `from_pretrained` needs. These formats contain no pickles and no code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 # Arguments of `snapshot_download`. Subfolders are ignored, since they contain weights in other formats.
 _WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message on one line; for an empty message, return the error's type."""
+    """Return an error's message on one line. If the message is empty, return the error's type."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -33,8 +34,8 @@ def one_line(error: Exception) -> str:
 def hub_errors(what: str, advice: str) -> Iterator[None]:
     """Convert errors of huggingface_hub into user errors that name `what` and give `advice`.
 
-    Raises BadConfig if the repository or the commit does not exist.
-    Raises Unreachable if the hub does not answer.
+    Raises BadConfig if the repository's name is not valid, or if the repository or the commit does not exist.
+    Raises Unreachable if the hub does not answer or denies access.
     """
     import httpx2
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -46,7 +47,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
     except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:
-        # A network with a login page answers with HTML, which causes a JSONDecodeError.
+        # JSONDecodeError: the network's login page answered with HTML, in place of the hub.
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network and your access "
             f"(`hf auth login`, or HF_TOKEN), or {advice}"
@@ -54,9 +55,9 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
 
 
 def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, advice: str) -> None:
-    """Check that the hub has the repository `owner/name` at a commit or branch.
+    """Check that the hub has the repository `repo` (owner/name), with the commit or branch `revision`.
 
-    Raises BadConfig if not, and Unreachable if the hub does not answer.
+    Raises BadConfig if the repository or `revision` is missing, Unreachable if the hub does not answer.
     """
     from huggingface_hub import HfApi
 
@@ -65,7 +66,7 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
 
 
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
-    """Return a model's folder in the hub's cache; download it if needed.
+    """Return a model's folder in the local cache. If files are missing there, first download the model.
 
     Raises BadData if a weights file is damaged, BadConfig if the hub lacks the model, and Unreachable if
     the hub does not answer.
@@ -78,7 +79,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
         with hub_errors(repo, advice):
             folder = Path(snapshot_download(repo, revision=revision, **_WANTED))
     for path in sorted(folder.glob("*.safetensors")):
-        # The path is a link to a file of the hub's cache, whose name is the SHA-256 of its content.
+        # `path` is a link to a file in the cache. The name of this file is the SHA-256 of its content.
         blob = path.resolve()
         if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_file(blob) != blob.name:
             raise BadData(f"{path} was altered or damaged: delete {blob} and run the same command again")
@@ -86,7 +87,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
 
 
 def cached_model(repo: str, revision: str) -> Path | None:
-    """Return a model's folder in the hub's cache, or None if the cache lacks files of the model."""
+    """Return a model's folder in the local cache, or None if a file of the model is missing there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -94,15 +95,15 @@ def cached_model(repo: str, revision: str) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_WANTED))
     except LocalEntryNotFoundError:
         return None
-    # Look for each kind of file: `snapshot_download` also returns folders in which files are missing.
+    # Check that each kind of file is there: `snapshot_download` also returns folders with missing files.
     needed = ("config.json", "*.safetensors", "tokenizer*.json")
     return folder if all(any(folder.glob(pattern)) for pattern in needed) else None
 
 
 def check_model_folder(name: str, spec: Folder) -> None:
-    """Compare the hash of a baseline's model folder with params.yaml.
+    """Check that the model folder of the baseline `name` has the hash given in params.yaml.
 
-    Raises MissingInput if there is no folder, and BadConfig if the hash differs.
+    Raises MissingInput if the folder is missing, and BadConfig if the folder has another hash.
     """
     folder = Path(spec.path)
     if not folder.is_dir():
@@ -119,7 +120,7 @@ def check_model_folder(name: str, spec: Folder) -> None:
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
-    """Return a data set's file in the hub's cache; download it if needed.
+    """Return the path of a data set's file in the local cache. If the file is missing, first download it.
 
     Raises BadConfig if the hub lacks the data set, and Unreachable if the hub does not answer.
     """
@@ -140,9 +141,9 @@ def _cached_file(repo: str, file: str, revision: str) -> Path | None:
 
 
 def local_copy(params: HubCorpus) -> Path | None:
-    """Return the folder or text file to read instead of the hub, or None without a local copy.
+    """Return the path of the local copy, a folder or a text file, that replaces the hub's data set.
 
-    Raises MissingInput if the folder `download.hub.mirror` does not exist.
+    Returns None without a local copy. Raises MissingInput if the folder `download.hub.mirror` does not exist.
     """
     if params.mirror is not None:
         if not Path(params.mirror).is_dir():
@@ -153,9 +154,10 @@ def local_copy(params: HubCorpus) -> Path | None:
 
 
 def check_data_set(params: HubCorpus) -> None:
-    """Check that the data set of params.yaml has a local copy or is on the hub.
+    """Check that the data set `params.name` has a local copy or is on the hub.
 
-    Raises BadConfig if its commit is missing or unknown, and Unreachable if the hub does not answer.
+    Raises BadConfig if params.yaml gives no commit or the hub lacks this commit. Raises MissingInput if the
+    folder `download.hub.mirror` does not exist, and Unreachable if the hub does not answer.
     """
     chosen, key = params.sets[params.name], f"download.hub.sets.{params.name}"
     if local_copy(params) is not None:
@@ -168,17 +170,17 @@ def check_data_set(params: HubCorpus) -> None:
     advice = f"correct {key}, or set download.hub.mirror to a local copy of the data set"
     if chosen.file is not None:
         get, copy = f"curl -fLo {chosen.file} {chosen.file_url}", f"cp YOUR_COPY {chosen.file}"
-        advice = f"bring the text: {get} (with a network), or {copy} (if you have the file)"
+        advice = f"get the text file: run `{get}` (with a network), or `{copy}` (if you have the file)"
     require_on_hub("dataset", chosen.repo, chosen.revision, advice)
 
 
 def check_sources(params: Params) -> None:
-    """Check that the models, task files and corpus of params.yaml are local or on the hub.
+    """Check that the baseline models, task files and corpus of params.yaml are local or on the hub.
 
-    Raises MissingInput if a local file is missing, BadConfig for a wrong hash or an unknown commit, and
-    Unreachable if the hub does not answer.
+    Raises MissingInput if a local file is missing, BadConfig if a model folder has a wrong hash or the hub
+    lacks a commit, and Unreachable if the hub does not answer.
     """
-    # Command-line setting that names a local copy -> (kind of repository, owner/name, commit).
+    # Value of the option -S that sets a local copy -> the hub's (kind of repository, owner/name, commit).
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]
@@ -208,9 +210,11 @@ def check_sources(params: Params) -> None:
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a model folder in Hugging Face format; return the commit's URL.
+    """Upload a model folder in Hugging Face format, and return the URL of the uploaded commit.
 
-    Creates a missing repository. Raises BadConfig or Unreachable if the hub refuses or does not answer.
+    If the repository `repo` is missing, the hub creates it: as a private repository if `private` is true,
+    else as a public one. Raises BadConfig if the name `repo` is not valid, and Unreachable if the hub does
+    not answer or denies access.
     """
     from huggingface_hub import HfApi
 

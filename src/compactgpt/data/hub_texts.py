@@ -19,22 +19,22 @@ _PROGRESS_ROWS = 1000
 
 
 class _Position(NamedTuple):
-    """The position in a data set from which the stage `download` resumes after a stop."""
+    """The position in a data set at which the stage `download` resumes after a stop."""
 
     split: int = 0  # index in `HubSet.splits`
-    rows: int = 0  # number of rows of the split to skip
-    state: Any = None  # state of the `datasets` iterator after the skipped rows
-    texts: int = 0  # number of texts to skip in the row after the skipped rows
+    rows: int = 0  # number of rows of this split that are skipped
+    state: Any = None  # state of the `datasets` iterator after these rows; None: before the first row
+    texts: int = 0  # number of texts of the next row that are skipped too
 
 
 class _Row(NamedTuple):
     number: int  # from 1
-    before: Any  # state of the `datasets` iterator before the row
+    before: Any  # saved state of the `datasets` iterator, in which this row is its next row
     text: str
 
 
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
-    """Return the data set `download.hub.name` as a corpus; `Corpus.read` opens the data set."""
+    """Return the data set `download.hub.name` as a corpus. Only `Corpus.read` opens the data set."""
     data_set = _DataSet(params)
     chosen, copy = data_set.chosen, data_set.copy
     paths = sorted(path for path in [copy, *copy.rglob("*")] if path.is_file()) if copy else []
@@ -60,7 +60,7 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 
 
 class _DataSet:
-    """Reads the rows and the texts of one data set."""
+    """Reads the rows of one data set, and cuts or joins rows to texts."""
 
     def __init__(self, params: Download) -> None:
         self.copy = local_copy(params.hub)
@@ -73,7 +73,7 @@ class _DataSet:
         self._max_row_megabytes = params.max_row_megabytes
 
     def check_hash(self) -> None:
-        """Raise BadData if the text has not the SHA-256 of params.yaml; without this hash, do nothing."""
+        """Raise BadData if params.yaml gives a SHA-256, and the text of all rows has another SHA-256."""
         if self.chosen.sha256 is None:
             return
         hasher = hashlib.sha256()
@@ -88,10 +88,10 @@ class _DataSet:
             )
 
     def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[_Row, list[str]]]:
-        """Yield (row, texts that begin in the row).
+        """Yield each row of a split with the texts that begin in this row. `split`: index in `HubSet.splits`.
 
-        The first `rows` rows are skipped, and `state` is the iterator's state after them. A text is a row,
-        several joined rows, or a part of a row.
+        A text is a row, several joined rows, or a part of a row. Reading starts after the first `rows` rows;
+        `state` is the state of the `datasets` iterator there, or None before the first row.
         """
         opens_document = self.chosen.opens_document
         if opens_document is None:
@@ -108,7 +108,7 @@ class _DataSet:
             first = first or row
             joined.append(row.text)
             size += len(row.text)
-            # Check each row: if no row matches `opens_document`, all rows would be joined in memory.
+            # Limit the joined text: if no row matches `opens_document`, all rows would be joined in memory.
             where = f"{self.names[split]}:{first.number}"
             check_size(size, where, "max_row_megabytes", self._max_row_megabytes)
         if first:
@@ -133,12 +133,12 @@ class _DataSet:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # no second message: `_errors` reports the errors
         if self._is_text:
-            # "document" makes the complete file one row.
+            # sample_by="document": the file is one row, not one row for each line.
             options = {"data_files": str(self.copy), "sample_by": "document", "split": "train"}
             return datasets.load_dataset("text", **options, streaming=True)
         source, revision = self.chosen.repo, self.chosen.revision
         if self.copy is not None:
-            # An absolute path, since `datasets` may take a relative path for a repository name.
+            # Make the path absolute, because `datasets` may read a relative path as a repository name.
             source, revision = str(self.copy.resolve()), None
         return datasets.load_dataset(
             source, self.chosen.config, split=split, revision=revision, streaming=True
@@ -148,7 +148,8 @@ class _DataSet:
     def _errors(self) -> Iterator[None]:
         """Convert errors of `datasets` into user errors.
 
-        Raises BadData for a damaged file, BadConfig for wrong settings, and the errors of `hub_errors`.
+        Raises BadData for a damaged file and BadConfig for wrong settings. Without a local copy of the data
+        set, also raises Unreachable if the hub does not answer.
         """
         import pyarrow as pa
 
@@ -167,7 +168,10 @@ class _DataSet:
 
 
 def _split_row(text: str, chosen: HubSet) -> list[str]:
-    """Cut a row at `separator`; join the parts to texts of at least `join_characters`."""
+    """Cut a row at `chosen.separator` into parts, then join adjacent parts to texts.
+
+    Each text except the last has at least `chosen.join_characters` characters.
+    """
     if chosen.separator is None:
         return [text]
     texts: list[str] = []
