@@ -1,6 +1,7 @@
 """The claims of the note *Performance de NanoGPT Compact contre GPT-2*, and their verdicts.
 
-Most claims give an interval, such as a perplexity of 80 to 120. A value inside it supports the claim.
+Most claims give an interval, such as a perplexity of 80 to 120. A value inside this interval supports the
+claim.
 """
 
 import math
@@ -17,41 +18,49 @@ COMPACT = "compact"  # the name of the model that this project trains
 # The possible verdicts on a claim of the note.
 Verdict = Literal[
     "confirmed",  # a count or a calculation agrees with the claim
-    "restated",  # the claim agrees with a number copied from the note, which proves nothing
+    "restated",  # the claim agrees only with a number that was copied from the note
     "consistent",  # the claim agrees with other claims of the note, but all of them may be wrong
     "supported",  # a measurement or a published value agrees with the claim
-    "contradicted",
+    "contradicted",  # the value's interval is outside the claimed interval
     "inconclusive",  # the value's interval overlaps the claimed interval, but is not inside it
     "self-inconsistent",  # the claim contradicts another claim of the note
     "misleading",  # the claim is true in one reading and false in another reading
     "unverifiable",
-    "not yet measured",
+    "not yet measured",  # a value that decides the claim is missing
 ]
-# How a value is known. `derived`: calculated from published values. `reported`: from somebody else's log.
-Known = Literal["measured", "computed", "published", "derived", "estimated", "reported"]
-# A value decides a claim only if it is known in one of these ways.
+# How a value was obtained.
+Known = Literal[
+    "measured",  # by a stage or an experiment of this project
+    "computed",  # from a model's configuration, such as the number of parameters
+    "published",
+    "derived",  # calculated from published values
+    "estimated",  # predicted, such as the expected loss
+    "reported",  # copied from somebody else's log
+]
+# A value decides a claim only if the value was obtained in one of these ways.
 DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
-# Two claims contradict each other if their intervals share less than this fraction of the shorter interval.
+# Two claims contradict each other if the shared part of their intervals is shorter than this fraction of
+# the shorter interval.
 LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
 
 class ByEvidence(Section):
-    """How to judge a claim: compare it with values of reports/evidence.json."""
+    """How to judge a claim: compare the claimed interval with values of reports/evidence.json."""
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]  # ids of the values that decide the claim
     until_measured: tuple[str, ...] = ()  # ids of the values that decide the claim until all of `ids` exist
-    copied: bool = False  # True: the values are copied from the note, so their agreement proves nothing
+    copied: bool = False  # True: the values come from the note itself, so they prove nothing
     reason: str = ""
 
 
 class ByAgreement(Section):
-    """How to judge a claim: check whether other claims of the note agree with each other."""
+    """How to judge a claim: check whether the claims in `of` agree with each other."""
 
     by: Literal["agreement"]
-    through: Literal["logarithm", "ratio"]
-    # Ids of claims: (perplexity, loss) for `logarithm`, (perplexity, perplexity, ratio) for `ratio`.
+    through: Literal["logarithm", "ratio"]  # equation: loss = log(perplexity), or ratio of two perplexities
+    # Ids of the claims: (perplexity, loss) for `logarithm`, (numerator, denominator, ratio) for `ratio`.
     of: tuple[str, ...]
     reason: str = ""
 
@@ -81,7 +90,7 @@ class Claim(Section):
     unit: str  # unit of `low` and `high`
     low: float | None = None  # None: no lower limit
     high: float | None = None  # None: no upper limit
-    beside: tuple[str, ...] = ()  # ids of values that are shown with the claim, but do not decide it
+    beside: tuple[str, ...] = ()  # ids of values that are shown with the claim, but do not decide the verdict
     experiment: Name | None = None  # the experiment that measures the values of `judged.ids`
     judged: Annotated[ByEvidence | ByAgreement | ByHand, Field(discriminator="by")]
 
@@ -116,7 +125,7 @@ class Claims(Section):
     def _mistakes(self) -> Iterator[str]:
         known = [claim.id for claim in self.claims]
         if repeated := sorted({name for name in known if known.count(name) > 1}):
-            yield f"more than one claim has the id {repeated}: each claim needs its own id"
+            yield f"more than one claim has the id {repeated}: give each claim a different id"
         named = {name for row in self.table for name in (row.compact, row.gpt2, row.gpt2_xl)}
         # `_compare_claims` divides limits and takes their logarithm, so the limits must be above 0.
         positive = {c.id for c in self.claims if c.low is not None and c.low > 0 and c.high is not None}
@@ -124,7 +133,7 @@ class Claims(Section):
             if isinstance(claim.judged, ByAgreement):
                 named.update(claim.judged.of)
                 if unusable := sorted(set(claim.judged.of) - positive):
-                    yield f"{claim.id}: to be compared, each of {unusable} needs low (above 0) and high"
+                    yield f"{claim.id} compares {unusable}: give each of these claims low (above 0) and high"
         if unknown := sorted(named - set(known)):
             yield f"no such claims: {unknown}; use ids of `claims`"
 
@@ -145,16 +154,16 @@ class Evidence:
     exact: bool = False  # True for counts, which have no uncertainty
     stage: str = "comparison"  # the stage that computed the value
     report: str = ""  # the file that contains the value
-    context: int | None = None  # number of tokens in a window; None: without windows, or not known
-    stride: int | None = None  # number of tokens between the starts of two neighbouring windows
+    context: int | None = None  # tokens in a window; None: no windows, or their size is unknown
+    stride: int | None = None  # tokens between the starts of two neighbouring windows
     tokenizer: str = ""
     data_sha256: str = ""  # hash of the token file on which the value was measured
     weights_sha256: str = ""
-    code_sha256: str = ""  # hash of the stage's code, see provenance.py
+    code_sha256: str = ""  # hash of the code of `stage`, see `code_hashes`
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The value's interval (low, high). `value` replaces a missing limit."""
+        """The interval (low, high) of the value. If a limit is missing, `value` replaces this limit."""
         low, high = (self.value if end is None else end for end in (self.low, self.high))
         return low, high
 
@@ -172,7 +181,7 @@ class Published(Section):
         if missing:
             yield f"the comparison needs {missing}: add these values or models to published.yaml"
         if own := [value.id for value in self.values if value.known in ("measured", "computed", "estimated")]:
-            yield f"{own}: `known` must be published, derived or reported in published.yaml"
+            yield f"{own}: in published.yaml, give the field `known` the value published, derived or reported"
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,7 @@ class Decision:
     source: str  # id of the value in reports/evidence.json, or ids of the claims that were compared
     low: float  # lower limit of the value's interval, or of the interval calculated from claims
     high: float
-    relation: Relation  # position of the value's interval relative to the claimed interval
+    relation: Relation  # where the interval (low, high) is, relative to the claimed interval
 
 
 @dataclass(frozen=True)
@@ -230,13 +239,13 @@ def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evi
 
 
 def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
-    """Compare the last claim of `judged.of` with an interval calculated from its other claims."""
+    """Calculate an interval from the first claims in `judged.of`, and compare the last claim with it."""
     *first, last = (claims[name].bounds for name in judged.of)
     if judged.through == "logarithm":
         low, high = math.log(first[0][0]), math.log(first[0][1])
     else:
         low, high = first[0][0] / first[1][1], first[0][1] / first[1][0]
-    # The claims agree if the claimed interval contains the calculated interval, or the reverse.
+    # The claims agree if the last claim's interval contains the calculated interval or lies inside it.
     contains_last = relate(*last, low, high) == "inside"
     relation = "inside" if contains_last else relate(low, high, *last)
     shared = min(high, last[1]) - max(low, last[0])

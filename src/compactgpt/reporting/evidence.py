@@ -28,7 +28,7 @@ NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
 SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-# id of a ratio -> ids of numerator and denominator, without `.perplexity` at the end
+# Id of a ratio -> ids of the numerator and the denominator; `_published` appends `.perplexity` to these.
 PUBLISHED_RATIOS = {
     "ratio.gpt2_to_gpt2-tuned.perplexity": ("gpt2.openwebtext", "gpt2-tuned.openwebtext"),
     "ratio.nanogpt-124m_to_gpt2.perplexity": ("nanogpt-124m.openwebtext", "gpt2.openwebtext"),
@@ -74,7 +74,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "diverged": sources.training.diverged,
         "validation": validation.model_dump() | {"window": window},
         "curve": sources.curve,
-        # model -> loss by position in the window, in nats per token of the model's tokenizer
+        # model -> loss for each range of token positions in a window, see `_Position`
         "positions": {
             one.name: [row.model_dump() for row in one.score.by_position]
             for one in scores
@@ -97,16 +97,16 @@ def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[d
 
 
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:
-    """Return a model's rows in the table of measured models: two rows if it has two contexts."""
+    """Return a model's rows in the table of measured models: one row for each size of windows."""
     name, model = measured.name, measured.score.model
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
     if model.context != IN_WINDOW:
-        return [about | {"view": "document"}]  # a model without windows, such as a compressor
+        return [about | {"view": "document"}]  # a model that has no windows, such as a compressor
     if ".own" in _nats_by_view(measured):
-        # `matched`: windows that all neural models share. `own`: windows of the model's maximum context.
+        # `matched`: windows of the size that all neural models share. `own`: of the model's maximum context.
         own = {"view": "own", "scores": f"{name}.own", "tokens": measured.score.views["own"].context}
         return [about | {"view": "matched"}, about | own]
-    # One row `both` is enough if the shared windows are as long as the model's maximum context.
+    # `both`: the shared window size is also the model's maximum context.
     return [about | {"view": "both" if "own" in measured.totals.views else "matched"}]
 
 
@@ -246,7 +246,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 def _from_loss(loss: Evidence, quantity: str, source: str, convert: Callable[[float], float]) -> Evidence:
     """Convert a published loss and its limits to perplexity or bits per byte.
 
-    `convert` must be increasing, so that the lower limit remains the lower limit.
+    `convert` must be an increasing function: a decreasing one would exchange the limits `low` and `high`.
     """
     limits = {"low": loss.low, "high": loss.high}
     ends: dict[str, Any] = {end: convert(limit) for end, limit in limits.items() if limit is not None}
@@ -261,18 +261,19 @@ def _from_loss(loss: Evidence, quantity: str, source: str, convert: Callable[[fl
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return the losses of the val documents in nats, (documents,), for one or two kinds of windows.
+    """Return the loss of each val document in nats, (documents,), for one or two sizes of windows.
 
-    Key "": the windows that all models share. Key ".own": windows of the model's maximum context.
+    Key "": the window size that all neural models share; models without windows have only this key.
+    Key ".own": the model's maximum context, if this is another size.
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
 
 
 def _windows(measured: Measured, view: str) -> dict[str, int]:
-    """Return `context` and `stride` as fields of `Evidence`, or {} if the model has no windows.
+    """Return the fields `context` and `stride` of `Evidence`, or {} if the model has no windows.
 
-    `view` is a key of `_nats_by_view`.
+    `view` selects the size of the windows: a key of the dict from `_nats_by_view`.
     """
     if view == "" and measured.score.model.kind in ("compressor", "ngram"):
         return {}
@@ -281,7 +282,7 @@ def _windows(measured: Measured, view: str) -> dict[str, int]:
 
 
 def _common(measured: Measured, sources: Sources) -> dict[str, Any]:
-    """Return the fields of `Evidence` that are equal in all values from one model's report."""
+    """Return the fields of `Evidence` that are the same for all values from one model's report."""
     model, ours, is_recipe = measured.score.model, measured.name == COMPACT, measured.name == RECIPE
     return {
         "known": "measured",
@@ -297,7 +298,10 @@ def _common(measured: Measured, sources: Sources) -> dict[str, Any]:
 
 
 def _trained(sources: Sources) -> Iterator[Evidence]:
-    """Yield training tokens, train loss, and the standard deviation of the val loss between seeds."""
+    """Yield the compact model's number of training tokens and its train loss.
+
+    Also yield the standard deviation of the val loss between training runs with different seeds.
+    """
     about: dict[str, Any] = {
         "known": "measured", "model": COMPACT, "corpus": f"{sources.download.name} train",
         "stage": "training", "report": "reports/training.json",
@@ -321,21 +325,27 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
 
 
 def _scores(stem: str, found: Scores, about: Mapping[str, Any]) -> Iterator[Evidence]:
-    """Yield loss, bits per byte, and the perplexity if it fits into a float. Ids begin with `stem`."""
+    """Yield loss, bits per byte, and, unless too large for a float, perplexity.
+
+    Each id begins with `stem`. `about` has the other fields of `Evidence`.
+    """
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):
             yield _interval(f"{stem}.{quantity}", bounds, unit, about)
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield a model's scores in each kind of windows. For a baseline, also yield the parameter counts."""
+    """Yield a model's scores in each view (a way to cut documents into windows).
+
+    For a baseline, also yield the numbers of parameters.
+    """
     name, score = measured.name, measured.score
     about = _common(measured, sources)
     on_windows = about | _windows(measured, "")
     yield from _scores(name, score, on_windows)
     counts = {"all_tensors": score.model.num_params, "non_embedding": score.model.num_params_non_embedding}
     for convention, size in counts.items():
-        if size is not None and name != COMPACT:  # `_estimated` yields the compact model's parameter counts
+        if size is not None and name != COMPACT:  # `_estimated` yields the compact model's counts
             without_data = about | {"corpus": "", "data_sha256": "", "exact": True}
             yield Evidence(f"{name}.num_params.{convention}", size, "parameters", **without_data)
     if score.word_perplexity is not None:
@@ -362,13 +372,13 @@ def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
                 yield Evidence(value_id, value, "perplexity", **about | text)
     for way, statistics in measured.score.text.statistics.items():
         for figure, bounds in statistics.items():
-            # Human text has the same metrics in each model's report, so one report is enough.
+            # Read the metrics of human text from one report only: they are the same in each model's report.
             if bounds is not None and (way != "human" or name == COMPACT):
                 yield _interval(f"{name}.text.{way}.{figure}", bounds, TEXT_UNITS.get(figure, "share"), about)
 
 
 def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield a model's scores on val documents flagged as leaked or duplicated, and on all others."""
+    """Yield a model's scores on the flagged (leaked or duplicated) val documents, and on the other ones."""
     totals = measured.totals
     flagged = np.isin(totals.ids, list(sources.flagged))
     for subset, chosen in {"flagged": flagged, "clean": ~flagged}.items():
@@ -386,7 +396,10 @@ def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidenc
 
 
 def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's perplexity divided by a baseline's, with intervals paired by document."""
+    """Yield the ratio of the compact model's perplexity to a baseline's, in each size of windows.
+
+    The interval comes from the differences of the two models' losses on each document.
+    """
     compact = sources.compact
     ours = compact.totals
     scored = ours.tokens > 0
@@ -396,7 +409,7 @@ def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidenc
         source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
         about = _common(compact, sources) | _windows(compact, view) | {"stage": "comparison"}
         about["source"] = source
-        if ratio.as_report():  # None: the ratio or its upper limit is infinite
+        if ratio.as_report():  # None if the ratio or its upper limit is infinite
             yield _interval(f"ratio.{COMPACT}_to_{baseline.name}{view}.perplexity", ratio, "ratio", about)
 
 

@@ -14,9 +14,9 @@ RECORD = Path("reports/evidence.json")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return a dict: stage -> SHA-256 of a list of the stage's Python files.
+    """Return a dict: stage -> hash of the stage's code.
 
-    The list has a line `<SHA-256 of the file>  <path>` for each file, sorted by path.
+    This is the SHA-256 of a list with a line `<SHA-256>  <path>` for each Python file, sorted by path.
     """
     hashes = {}
     for stage, body in read_stages(Folder(root)).items():
@@ -30,7 +30,7 @@ def code_hashes(root: Path) -> dict[str, str]:
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the value with the id `name` in `record`, the content of reports/evidence.json.
 
-    Raises MissingInput, with similar ids, if no value has this id.
+    Raises MissingInput if no value has this id. The message lists similar ids.
     """
     values: dict[str, dict[str, Any]] = {item["id"]: item for item in record["evidence"]}
     if name not in values:
@@ -67,9 +67,9 @@ def trace(root: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def find_commit(root: Path, md5: str) -> str:
-    """Return hash, date and subject of the first commit whose dvc.lock contains `md5`.
+    """Return hash, date and subject of the first commit whose dvc.lock contains `md5`, the hash of an output.
 
-    If git has no such commit, return a phrase that says so.
+    Without such a commit, return `not committed yet`. Without a git repository, return `not under git`.
     """
     try:
         found = git_text(root, "log", "--reverse", "--format=%h %as %s", f"-Smd5: {md5}", "--", "dvc.lock")

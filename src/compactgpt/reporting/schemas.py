@@ -25,7 +25,7 @@ from compactgpt.reporting.small_scale import find_directions
 
 # Experiment with the model and the number of training tokens of `demo`, but nanoGPT's hyperparameters.
 RECIPE = "nanogpt-recipe"
-RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), trained on the same tokens"
+RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), as many training tokens as `demo`"
 
 
 class Report(BaseModel):
@@ -62,15 +62,18 @@ class Scores(Report):
 
 
 class ViewScore(Scores):
-    """Scores in windows of the model's maximum context. The windows overlap in the view `strided`."""
+    """A model's scores in windows of its maximum context.
+
+    There are two views: windows of the view `strided` overlap, windows of the view `own` do not.
+    """
 
     context: int  # tokens in a window
     stride: int  # tokens between the starts of two neighbouring windows
 
 
 class _Position(Report):
-    last: int  # last position of a range of positions in the window, counted from 1
-    loss: Interval  # mean over the range, in nats per token of the model's tokenizer
+    last: int  # the last of a range of token positions in a window; the first token is at 1
+    loss: Interval  # mean over the tokens in this range, in nats per token of the model's tokenizer
 
 
 class _WikiText(Report):
@@ -93,10 +96,10 @@ class Task(Report):
 
 
 class _Sample(Report):
-    """A prompt, and the text that each decoding strategy gave."""
+    """A prompt, and the text that the model generated with each decoding strategy."""
 
     prompt: str
-    document: str | None  # id of the val document that begins with the prompt, or None
+    document: str | None  # id of the val document that begins with the prompt; None: prompt of params.yaml
     greedy: str | None = Field(None, validation_alias=AliasPath("greedy", "text"))
     top_k: str | None = Field(None, validation_alias=AliasPath("top_k", "text"))
     nucleus: str | None = Field(None, validation_alias=AliasPath("nucleus", "text"))
@@ -114,10 +117,10 @@ class Score(Scores):
 
     model: _Model
     validation: _Split
-    window: int  # number of tokens in the windows that all neural models share
+    window: int  # tokens in a window, the same number for all neural models
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
-    views: dict[str, ViewScore] = {}  # `own`, `strided` -> scores in windows of the model's maximum context
+    views: dict[str, ViewScore] = {}  # `own` or `strided`, see `ViewScore` -> scores
     tasks: dict[str, Task] = {}  # name of the task -> results
     text: Text = Text()
 
@@ -131,7 +134,7 @@ class _Expectation(Report):
 
 
 class Inspection(Report):
-    """Schema of reports/inspection.json, and of reports/validation.json, which flags no documents."""
+    """Schema of reports/inspection.json and reports/validation.json. Only the first has `flagged`."""
 
     flagged: list[_Flag] = []
     expectations: list[_Expectation] = []
@@ -152,7 +155,7 @@ class Tokenized(Report):
 
 class _CorpusPart(Report):
     name: str
-    version: str | None = None  # None for a user's own file
+    version: str | None = None  # version or commit; None for a user's own file
     licence: str | None = None  # None for a user's own file
     documents: int | None = None
     bytes: int | None = None
@@ -162,7 +165,7 @@ class Downloaded(Report):
     """Schema of reports/download.json."""
 
     corpus: str
-    name: str  # the corpus' name in tables
+    name: str  # name of the corpus in tables
     documents: int
     bytes: int
     left_out: dict[str, int] = {}  # reason -> number of documents that the download left out
@@ -200,7 +203,7 @@ class Forecast(Report):
 class _Check(Report):
     name: str  # name of a published training run
     measured: float  # published loss of this training run
-    # Limits of the 80 % and 95 % intervals of the loss, predicted from all other published training runs.
+    # Limits of the 80 % and 95 % intervals of this loss, as predicted from the other published training runs.
     low_80: float
     high_80: float
     low_95: float
@@ -208,7 +211,7 @@ class _Check(Report):
 
 
 class Calibration(Report):
-    """How often a predicted interval contained the loss of a published training run."""
+    """In how many published training runs the predicted interval contained the loss."""
 
     of: int  # number of published training runs
     held_95: int  # number of training runs whose loss is inside the predicted 95 % interval
@@ -218,10 +221,10 @@ class Calibration(Report):
 class Estimates(Report):
     """Schema of reports/estimate.json."""
 
-    compact: Forecast  # for the model and the training of params.yaml
+    compact: Forecast  # forecast for the model and the training settings of params.yaml
     notes: list[str] = Field(validation_alias=AliasPath("compact", "notes"))  # warnings about `compact`
-    note: Forecast  # for the note's model
-    # The loss that a person expected for the note's model. A fixed rule calculates `note.expected_loss`.
+    note: Forecast  # forecast for the note's model
+    # The loss that a person expected for the note's model. `note.expected_loss` comes from a rule instead.
     hand_set_loss: ExpectedLoss = Field(validation_alias=AliasPath("note", "hand_set_loss"))
     calibration: Calibration
 
@@ -252,21 +255,21 @@ class Sources:
     download: Downloaded
     tokenization: Tokenized
     inspections: dict[str, Inspection]  # stage (`validation`, `inspection`) -> report of the stage
-    flagged: frozenset[str]  # ids of val documents that are leaked or duplicated
+    flagged: frozenset[str]  # ids of the val documents that `inspection` flagged as leaked or duplicated
     weights_sha256: str  # hash of the compact model's weights
     code: dict[str, str]  # stage -> SHA-256 of the stage's code, see `code_hashes`
-    results: tuple[Result, ...]  # results of all experiments in results/ that are not sweeps
+    results: tuple[Result, ...]  # experiments in results/, except sweeps (series of training runs)
     seed_losses: tuple[float, ...]  # val losses of training runs that differ from `compact` only in the seed
-    directions: list[dict[str, Any]]  # what small runs show about the claims, see `find_directions`
+    directions: list[dict[str, Any]]  # what small training runs show about the claims, see `find_directions`
 
 
 Kind = TypeVar("Kind", bound=Report)
 
 
 def read_report(path: Path, kind: type[Kind]) -> Kind:
-    """Read the report of a stage, with the schema `kind`.
+    """Read the report of a stage. `kind` is the schema of this report.
 
-    Raises MissingInput if the report is missing, BadData if it does not fit the schema.
+    Raises MissingInput if the report is missing, BadData if the report does not fit the schema.
     """
     try:
         return parse_report(path.read_bytes(), str(path), kind)
@@ -275,7 +278,7 @@ def read_report(path: Path, kind: type[Kind]) -> Kind:
 
 
 def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
-    """Parse the bytes of a report. Error messages call the report `name`.
+    """Parse the bytes of a report. `name` is the report's name in error messages.
 
     Raises BadData if the bytes do not fit the schema `kind`.
     """
@@ -288,9 +291,9 @@ def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of reports/loss.csv. A loss is None if training did not measure it at this step.
+    """Return the rows of reports/loss.csv. A loss that was not measured at a row's step is None.
 
-    Raises MissingInput if the file is missing, BadData if it is not a loss curve.
+    Raises MissingInput if the file is missing, BadData if the file is not a loss curve.
     """
     keys = ("step", "train_loss", "val_loss")
     try:
@@ -350,9 +353,9 @@ def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measur
 
 
 def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
-    """Return the sweep in results/<name>.json.
+    """Read results/<name>.json, a sweep (a series of training runs).
 
-    Returns None if the file is missing or has no losses on the compact model's val documents.
+    Returns None if the file is missing or has no losses on the val documents of the compact model.
     """
     found, totals = read_sweep(root / "results" / f"{name}.json"), compact.totals
     if found is None or not found.runs or found.documents is None:
@@ -362,7 +365,7 @@ def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
 
 
 def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
-    """Return the first run of a sweep as `Measured`, so that tables show it as a baseline."""
+    """Convert the first training run of a sweep to `Measured`, so that tables show this run as a baseline."""
     run = sweep.runs[0]
     totals = replace(compact.totals, nats=np.array(run.nats), views={}, own_tokens=None)
     report = {
@@ -381,7 +384,7 @@ def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
-    """Raise BadData if two models were scored on different val documents, windows or numbers of questions."""
+    """Raise BadData if two models' scores are from different documents, windows or numbers of questions."""
     ours, theirs, a, b = compact.score, other.score, compact.totals, other.totals
     different = []
     if ours.validation.sha256 != theirs.validation.sha256:
@@ -393,7 +396,7 @@ def _check_same_text(compact: Measured, other: Measured) -> None:
     for task in ours.tasks.keys() & theirs.tasks.keys():
         one, two = ours.tasks[task], theirs.tasks[task]
         if one.items_sha256 == two.items_sha256 and len(one.hits) != len(two.hits):
-            different.append(f"numbers of items of {task}")
+            different.append(f"numbers of questions of {task}")
     if different:
         raise BadData(
             f"{other.source} and {compact.source} can't be compared, because they have different "

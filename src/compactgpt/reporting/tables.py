@@ -24,7 +24,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the table `note` -> id of the compact model's value, without `compact.`
+# Row of the table `note` -> id of the compact model's value, without the beginning `compact.`
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -54,20 +54,20 @@ FORMATS = {
     "coefficient": "{:.2f}",
     "probability": "{:.2g}",
 }
-# A perplexity or a ratio outside of these bounds is shown with three significant digits.
+# Show a ratio or perplexity with three significant digits if it is below 0.1, or 1e9 or more.
 SMALL_RATIO, LARGE_PERPLEXITY = 0.1, 1e9
-_FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ",", "%": "\u202f%"})  # \u202f: narrow no-break space
+_FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ",", "%": "\u202f%"})  # \u202f: a narrow space
 
 
 def show(value: float, unit: str, language: Language = "en") -> str:
-    """Format a number by its unit, with the separators of a language."""
+    """Format a number as its unit requires, with the separators of `language`."""
     if unit in ("ratio", "perplexity") and not SMALL_RATIO <= value < LARGE_PERPLEXITY:
         return localized(f"{value:.3g}", language)
     return localized(FORMATS.get(unit, "{:g}").format(value), language)
 
 
 def localized(number: str, language: Language) -> str:
-    """Replace the English separators of a formatted number by those of the language."""
+    """Replace the English separators in `number` by those of `language`."""
     return number.translate(_FRENCH_MARKS) if language == "fr" else number
 
 
@@ -76,12 +76,12 @@ class Cell:
     """A cell of a table."""
 
     text: str
-    id: str = ""  # id of the value in reports/evidence.json; "" if the cell shows no such value
+    id: str = ""  # id of the shown value in reports/evidence.json; "": the text is not from there
     note: str = ""  # a second line below the text
 
 
 class View:
-    """The values, claims and messages of reports/evidence.json, formatted in one language."""
+    """Formats the values and the claims of reports/evidence.json in one language."""
 
     def __init__(self, record: Record, language: Language = "en") -> None:
         self.record, self.language = record, language
@@ -91,7 +91,7 @@ class View:
         self.corpus: str = record["data"]["name"]
         # False: the corpus is the user's own, so the note's claims are not checked.
         self.about_note: bool = record["about_note"]
-        # Rows of the table `measured`.
+        # Rows of the table `measured`, one for each model and size of windows.
         self.rows: list[Mapping[str, Any]] = record["models"]["measured"]
         self.models: list[str] = list(dict.fromkeys(row["name"] for row in self.rows))
         self.baselines = [name for name in self.models if name != COMPACT]
@@ -137,11 +137,11 @@ class View:
         }
 
     def say(self, key: str, **values: Any) -> str:
-        """Return the message `key` as plain text. `facts` and `values` replace the placeholders."""
+        """Return the message `key` without asterisks. `facts` and `values` replace its placeholders."""
         return self.words[key].replace("*", "").format(**{**self.facts, **values})
 
     def translate(self, section: str, text: str) -> str:
-        """Translate a text of reports/evidence.json. Without a translation, return the text unchanged."""
+        """Translate `text` with the messages in `section`. Without a translation, return `text`."""
         return translate(self.language, section, text)
 
     def figure(self, item: Item) -> str:
@@ -154,7 +154,7 @@ class View:
         return f"{self.figure(item)} ({bounds})" if bounds else self.figure(item)
 
     def interval(self, low: float | None, high: float | None, unit: str) -> str:
-        """Format an interval. None: the interval has no such limit. Without any limit, return ""."""
+        """Format the interval from `low` to `high`. None: no limit on this side. For no limits, return ""."""
         if low is not None and high is not None:
             ends = (show(low, unit, self.language), show(high, unit, self.language))
             return ends[0] if low == high else f"{ends[0]} {self.words['to']} {ends[1]}"
@@ -163,13 +163,13 @@ class View:
         return "" if low is None else f"{self.words['at_least']} {show(low, unit, self.language)}"
 
     def number(self, count: float | None) -> str:
-        """Format a count, or return a dash for None."""
+        """Format a count. For None, return a dash."""
         return self.words["none"] if count is None else localized(f"{count:,.0f}", self.language)
 
     def value(self, name: str) -> str:
         """Format the value with the id `name`.
 
-        Returns a dash if the value is missing, `not defined` if a perplexity is too large.
+        Returns `not defined` for a perplexity too large for a float, and a dash if the value is missing.
         """
         if name in self.evidence:
             return self.show(self.evidence[name])
@@ -177,16 +177,16 @@ class View:
         return self.words["not_defined" if is_too_large else "none"]
 
     def cell(self, name: str) -> Cell:
-        """Return a cell with the text `value(name)` and the id of the value, if it exists."""
+        """Return a cell with the text `value(name)`. Its id is `name`, or "" if the value is missing."""
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known_on(self, item: Item) -> str:
-        """Return how a value is known, such as `measured`, and on which corpus."""
+        """Return how a value is known and on which corpus, such as `measured (openwebtext val)`."""
         corpus = f" ({self.translate('phrases', item['corpus'])})" if item["corpus"] else ""
         return self.translate("known", item["known"]) + corpus
 
     def conditions(self, item: Item) -> str:
-        """Return a value's corpus, context, stride and tokenizer, or a dash."""
+        """Return a value's corpus, context, stride and tokenizer. If all are missing, return a dash."""
         parts = [item["corpus"]] if item["corpus"] else []
         present = [key for key in ("context", "stride") if item[key]]
         parts += [f"{self.words[f'{key}_of']} {self.number(item[key])}" for key in present]
@@ -195,7 +195,7 @@ class View:
         return ", ".join(parts) or self.words["none"]
 
     def head(self, columns: Iterable[str]) -> list[str]:
-        """Return the headings of `columns`, in the language of the view."""
+        """Return the headings of `columns` in `self.language`."""
         return [self.words[column] for column in columns]
 
     # --- sentences
@@ -208,16 +208,16 @@ class View:
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
-        """Return how many claims of the note hold or do not hold.
+        """Return a sentence that explains perplexity, then the sentence of `sums`.
 
-        On the user's own corpus, return the compact model's ranking.
+        On the user's own corpus, return the sentence of `ranking`.
         """
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
     def ranking(self) -> str:
         """Return the sentence that ranks the compact model against the baselines.
 
-        The models are level if the interval of the perplexity ratio contains 1.
+        Two models are level if the interval of their perplexity ratio contains 1.
         """
         names: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
         for name in self.baselines:
@@ -228,7 +228,7 @@ class View:
         return self.say("own_ranking", parts="; ".join(parts)) if parts else ""
 
     def tally(self) -> str:
-        """Return the number of claims with each verdict, as one sentence."""
+        """Return the sentence with the number of claims for each verdict."""
         counts = ", ".join(self._count(*pair) for pair in self.record["tally"])
         return self.say("tally", number=len(self.record["claims"]), counts=counts)
 
@@ -246,7 +246,7 @@ class View:
         return found
 
     def sums(self) -> str:
-        """Return the number of claims in each group of GROUPS, as one sentence."""
+        """Return the sentence with the number of claims in each group of GROUPS."""
         parts = [self.say(f"{group}_1" if n == 1 else group, n=n) for group, n, _ in self.groups()]
         joined = f" {self.words['and']} ".join([", ".join(parts[:-1]), parts[-1]]) if parts[1:] else parts[0]
         return self.say("sums", number=len(self.record["claims"]), parts=joined)
@@ -254,7 +254,7 @@ class View:
     # --- claims
 
     def translation(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in English, or "" in a French report or if the note's quote is English."""
+        """Return the claim in English. Return "" in a French report, or if the note's text is English."""
         english: str = claim["english"]
         return "" if self.language == "fr" or english == claim["quote"] else english
 
@@ -269,7 +269,7 @@ class View:
         return [self.evidence[name] for name in names if name in self.evidence]
 
     def verdict(self, claim: Mapping[str, Any]) -> str:
-        """Return a claim's verdict. A remark is added if a person decided the verdict."""
+        """Return a claim's verdict, with a remark if a person decided this verdict."""
         word = self.translate("verdicts", claim["verdict"])
         return f"{word} ({self.words['by_hand']})" if claim["by_hand"] else word
 
@@ -303,7 +303,7 @@ class View:
         return lines
 
     def claimed(self, claim: Mapping[str, Any]) -> str:
-        """Format the interval that a claim gives, or return a dash if the claim gives no interval."""
+        """Format the claimed interval. If the claim gives no interval, return a dash."""
         return self.interval(claim["low"], claim["high"], claim["unit"]) or self.words["none"]
 
     # --- tables
@@ -315,7 +315,8 @@ class View:
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
         """Return the rows of the table `note`: (quantity, claims about the models, values).
 
-        `values` has the value of the model trained here, or is empty if that value is missing.
+        `values` has one value, of the model trained here. Without this value, or on the user's own corpus,
+        `values` is empty.
         """
         rows = []
         for row in self.record["table"]:
@@ -325,7 +326,7 @@ class View:
         return rows
 
     def measured_rows(self) -> list[list[Cell]]:
-        """Return the rows of the table `measured`: one for each model and context."""
+        """Return the rows of the table `measured`: one for each model and size of windows."""
         rows = []
         for row in self.rows:
             cells = self._sizes_and_scores(row["name"], row["scores"])
@@ -340,7 +341,7 @@ class View:
         return rows
 
     def seen_context(self, row: Mapping[str, Any]) -> str:
-        """Return a phrase that says how much text before a token the model sees."""
+        """Return a phrase for the text that the model sees before it predicts a token."""
         if row["view"] == "document":
             return self.translate("phrases", row["context"])
         return self.say(f"context_{row['view']}", tokens=self.number(row.get("tokens")))
@@ -357,7 +358,7 @@ class View:
         return rows
 
     def _sizes_and_scores(self, name: str, scores: str) -> dict[str, Cell]:
-        # `parameters` was counted from the architecture, `num_params` was reported by the stage `baseline`.
+        # Ids with `parameters`: counted from the architecture. Ids with `num_params`: copied from a report.
         counted = "parameters" if f"{name}.parameters.all_tensors" in self.evidence else "num_params"
         return {
             "model": Cell(name),
@@ -371,7 +372,7 @@ class View:
     def task_rows(self) -> list[list[str]]:
         """Return the scores that the table `measured` lacks, as (model, quantity, value, p-value).
 
-        A perplexity has no row if the loss that gives this perplexity is known.
+        A perplexity is left out if reports/evidence.json has its loss, which determines this perplexity.
         """
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         measured = [name for name, item in self.evidence.items() if item["known"] == "measured"]
