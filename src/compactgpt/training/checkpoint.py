@@ -30,9 +30,10 @@ def save_state(
     progress: Mapping[str, Any],
     group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> None:
-    """Write the state after `step` updates, and delete all but the newest KEPT_STATES states.
+    """Write the training state after `step` updates, and delete all but the newest KEPT_STATES states.
 
-    All processes must call this function; only the main process writes files.
+    `folder` is the folder of the training run, and `run_key` is the hash from `trainer.run_key`. All
+    processes must call this function; only the main process writes files.
     """
     full = group.gather(tensors)
 
@@ -54,10 +55,10 @@ def load_newest_state(
     tensors: Mapping[str, Tensor],
     group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> tuple[int, dict[str, Any]] | None:
-    """Copy the newest valid training state into `tensors`; return its step and its progress.json.
+    """Copy the newest valid state of the training run `run_key` into `tensors`.
 
-    Returns None if no state is valid. All processes must call this function; only the main process reads
-    files.
+    Returns the state's step and the content of its progress.json, or None if no state is valid. All
+    processes must call this function; only the main process reads files.
     """
     full: dict[str, Tensor] = {}
 
@@ -82,7 +83,10 @@ def load_newest_state(
 
 
 def _check_manifest(state: Path, run_key: str) -> int:
-    """Return the step of a state; raise BadData if the state was changed or its run key differs."""
+    """Return the step of a training state.
+
+    Raises BadData if a file of the state was changed, or if the state is not from the run `run_key`.
+    """
     manifest = verified_manifest(state)
     step = int(state.name.removeprefix("step-"))
     if (manifest.get("run_key"), manifest.get("step")) != (run_key, step):
@@ -91,7 +95,7 @@ def _check_manifest(state: Path, run_key: str) -> int:
 
 
 def prune_runs(folder: Path, run_key: str) -> None:
-    """Delete the states of old training runs in `folder`; keep `run_key` and the KEPT_RUNS newest others."""
+    """Delete old training runs in `folder`. Keep the run `run_key` and the KEPT_RUNS newest other runs."""
     others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != run_key]
     for old in sorted(others, key=lambda run: run.stat().st_mtime_ns)[:-KEPT_RUNS]:
         shutil.rmtree(old)

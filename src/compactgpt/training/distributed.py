@@ -23,7 +23,8 @@ from compactgpt.common.device import DistInfo, dist_info
 from compactgpt.common.errors import BadConfig, Busy, PeerLost, UserError
 from compactgpt.config import Launcher
 
-# Environment variable: the URL at which the processes of `launch` connect, instead of MASTER_ADDR.
+# `launch` sets this environment variable to the URL at which its processes connect. Processes of torchrun
+# connect at MASTER_ADDR instead.
 INIT_METHOD = "COMPACTGPT_INIT_METHOD"
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class Group:
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Replace each gradient by its sum over all processes; return the sum of their losses, a scalar."""
+        """Replace each gradient by its sum over all processes; return the loss, summed over all processes."""
         if self.world_size == 1:
             return loss
         if self.is_sharded:  # FSDP2 already summed the gradients
@@ -76,7 +77,7 @@ class Group:
         return bool(votes.item())
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
-        """Raise BadConfig if `value` differs between processes; the message calls the value `what`."""
+        """Raise BadConfig if two processes have different values; `what` names the value in the message."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -101,9 +102,9 @@ class Group:
 
     @torch.no_grad()
     def scatter(self, full: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Copy `full` of the main process into the `tensors`, sharded or not, of every process.
+        """Copy the main process's full tensors, `full`, into the `tensors` of every process.
 
-        The other processes may pass an empty dict as `full`.
+        `tensors` may be sharded. The other processes may pass an empty dict as `full`.
         """
         for name, tensor in tensors.items():
             if hasattr(tensor, "full_tensor"):
@@ -122,7 +123,7 @@ class Group:
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Call `work` in the main process only, and return its result in every process.
 
-        If `work` fails, the main process raises the error, and the others exit with code 0.
+        If `work` fails, the main process raises the error, and all other processes exit with code 0.
         """
         answer: list[Any] = [None, False]  # the result, and whether `work` failed
         failure: Exception | None = None
@@ -136,7 +137,7 @@ class Group:
         if failure:
             raise failure
         if answer[1]:
-            # With another exit code, torchrun would stop the main process before it prints the error.
+            # Exit with code 0: after another code, torchrun stops the main process before its error message.
             raise SystemExit(0)
         return cast(T, answer[0])
 
@@ -190,7 +191,8 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
 def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     """Run `python -m module arguments` in several processes on this machine, and return the exit code.
 
-    If a process is killed or loses contact, all start again, at most `launcher.max_restarts` times.
+    If a process is killed, or loses contact with another process, all processes are started again. This
+    happens at most `launcher.max_restarts` times.
     """
     exit_codes: list[int] = []
     for _attempt in range(launcher.max_restarts + 1):

@@ -24,7 +24,7 @@ def shard_model(
 
     `full` has the full weights by name; other processes than the main process may pass an empty dict.
     """
-    with torch.device("meta"):  # allocates no memory: only the main process has the full weights
+    with torch.device("meta"):  # allocates no memory: `scatter` below fills in the weights
         model = GPT(shape)
     mesh = init_device_mesh(device, (group.world_size,))
     for block in model.h:
@@ -48,7 +48,7 @@ def orthogonalize_sharded(
 ) -> list[Tensor]:
     """Apply `orthogonalize` to each full matrix, and return the results, sharded like the matrices.
 
-    Every process gathers one full matrix at a time, and computes the whole result.
+    Every process gathers one full matrix at a time, and orthogonalizes all of its rows.
     """
     updates: list[Tensor] = []
     for matrix in cast(Sequence[DTensor], matrices):

@@ -27,8 +27,8 @@ def folder_sha256(folder: Path) -> str:
     for name in FILES:
         if not (folder / name).is_file():
             raise MissingInput(
-                f"training.init_from: {folder} has no {name}. DVC empties models/compact before it trains: "
-                "start from a copy of models/compact in another folder"
+                f"training.init_from: {folder} has no {name}. DVC empties models/compact before the "
+                "training: start from a copy of models/compact in another folder"
             )
     return hashlib.sha256(json_bytes({name: sha256_file(folder / name) for name in FILES})).hexdigest()
 
@@ -61,7 +61,7 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     """Copy the weights of `source` to `model`.
 
-    Raises BadConfig if they do not fit `model`; the message calls the source `name`.
+    Raises BadConfig if the weights do not fit `model`. In the message, `source` is called `name`.
     """
     wanted, found = model.shape, source.shape
     wrong = [
@@ -78,7 +78,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     # Hugging Face's format always has biases. A model without biases can drop them only if all are 0.
     for key in tensors.keys() - own.keys():
         if tensors[key].any():
-            raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
+            raise BadConfig(f"model.bias: found false, but {name} has biases: set model.bias to true")
         del tensors[key]
     for key in own.keys() - tensors.keys():  # zeros replace the biases that `source` lacks
         tensors[key] = torch.zeros_like(own[key])
@@ -114,13 +114,14 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     direction = direction - direction.mean()  # mean 0, because the layer norm subtracts the mean
     direction /= direction.norm()
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
-    length = math.sqrt(float(sum(mean_squares)))  # of the sum of a token and a position embedding
+    length = math.sqrt(float(sum(mean_squares)))  # token + position embedding, root mean square
     model.wpe.weight += strength * length * direction
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
     logs -= (logs * smooth).sum() / smooth.sum()  # the mean of `logs` over the train split is now 0
-    # The length of the added vector after the last layer norm, which scales its output to length sqrt(C).
+    # The last layer norm scales the vector of each position to length sqrt(C). Compute the length that
+    # the added vector then has.
     normed_length = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
     # The token embedding is also the head: its product with the vector adds the log frequency to the logit.
     model.wte.weight += torch.from_numpy(logs / normed_length).float()[:, None] * direction

@@ -1,4 +1,4 @@
-"""The loss curve of a training run, its validation loss, and a check for divergence."""
+"""The loss curve of a training run, the computation of validation losses, and a check for divergence."""
 
 import math
 from typing import NamedTuple
@@ -60,9 +60,10 @@ def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> 
 
 
 def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
-    """Return at most `count` windows of the val split, at regular distances.
+    """Return at most `count` windows, at regular distances in the val split.
 
-    Raises BadData if the val split has no window.
+    A window is a part of one document: at most `block_size` tokens and the next token of each. Raises BadData
+    if the val split has no tokens to predict.
     """
     windows = list(evaluation_windows(val, block_size))
     if not windows:
@@ -85,7 +86,7 @@ def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float
 
 
 def window_nats(model: GPT, windows: list[Window]) -> list[float]:
-    """Return the cross-entropy of each target in nats, window after window."""
+    """Return the cross-entropy of each target in nats: first all targets of the first window, and so on."""
     head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C), without padding rows
     T = max(len(window.tokens) for window in windows)
     tokens = torch.zeros(len(windows), T, dtype=torch.int64)

@@ -19,14 +19,15 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""The type of `fsdp.orthogonalize_sharded`, which only mode fsdp imports."""
+"""The type of the function `fsdp.orthogonalize_sharded`. Only mode fsdp imports this function."""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
-    """Return the fraction of the peak learning rate in a step, counted from 0.
+    """Return a step's learning rate, divided by the peak learning rate. `step` is counted from 0.
 
-    After the warm-up, `cosine` and `linear` fall to min_lr_ratio at max_steps. `wsd` stays at 1, and falls
-    linearly to min_lr_ratio in the last decay_share of the steps (Hu et al. 2024, MiniCPM).
+    After the warm-up, the schedules `cosine` and `linear` fall from 1 to min_lr_ratio at step max_steps. The
+    schedule `constant` stays at 1. The schedule `wsd` stays at 1 until the last decay_share of all steps, and
+    then falls linearly to min_lr_ratio (Hu et al. 2024, MiniCPM).
     """
     if step < training.warmup_steps:
         return (step + 1) / (training.warmup_steps + 1)  # a linear warm-up, as in nanoGPT
@@ -42,9 +43,10 @@ def lr_multiplier(training: Training, step: int) -> float:
 
 @torch.no_grad()
 def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
-    """Make one step of Muon, with batched products for matrices of the same shape.
+    """Make one step of Muon. Stack matrices of the same shape, for batched products.
 
-    The operations are those of torch.optim.Muon with adjust_lr_fn="original".
+    `run_sharded` orthogonalizes the matrices of a sharded model; None for other models. The operations
+    are those of torch.optim.Muon with adjust_lr_fn="original".
     """
     for group in muon.param_groups:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -53,7 +55,7 @@ def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
         orthogonalize = partial(
             newton_schulz, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"]
         )
-        # One batched product is faster than many calls with small matrices.
+        # Take the matrices of one shape together: one batched product is faster than many small products.
         for shape, parameters in shapes.items():
             grads = [cast(Tensor, parameter.grad) for parameter in parameters]
             buffers = [muon.state[parameter]["momentum_buffer"] for parameter in parameters]
@@ -99,8 +101,8 @@ class EmbeddingRows(NamedTuple):
 class Optimizers:
     """All optimizers of one model: AdamW and, if configured, Muon.
 
-    `state` has the optimizers' state tensors by name. Only a sharded model needs `run_sharded`, which
-    orthogonalizes matrices.
+    `state` has the state tensors of all optimizers by name. `run_sharded` orthogonalizes the matrices of a
+    sharded model; None for other models.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -163,7 +165,10 @@ class Optimizers:
         return values
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that get a gradient; after `select_rows`, its copy replaces the embedding."""
+        """Return the parameters that get a gradient.
+
+        After `select_rows`, the copy of the selected rows replaces the token embedding.
+        """
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
 
@@ -219,7 +224,7 @@ class Optimizers:
             matrix.index_copy_(0, rows.ids, updated)
 
     def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
-        """Return the divisor that clips the gradient, a scalar; None means no division."""
+        """Return the number by which the gradient must be divided to clip it; None means no division."""
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)

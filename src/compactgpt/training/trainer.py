@@ -115,8 +115,8 @@ def run_key(params: Params, splits: Splits) -> str:
 def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = Callbacks()) -> Trained:
     """Train the model of params.yaml, and return it; resume if `folder` has a training state.
 
-    Raises Busy when `should_stop` returns True and the state is saved, and NotFinite for a loss or gradient
-    that is NaN or infinite.
+    If `callbacks.should_stop` returns True before the last step, saves the training state and raises Busy.
+    Raises NotFinite for a loss or gradient that is NaN or infinite.
     """
     device, max_steps = resolve_device(params.runtime.device), params.training.max_steps
     with init_process_group(params.training.launcher, device) as group, _memory_errors():
@@ -153,7 +153,7 @@ class Trainer:
         group.assert_same_on_all_ranks("params.yaml, data or program", self.run_key)
         self.device = resolve_device(params.runtime.device)
         self.log_interval = params.runtime.log_interval
-        # To read a loss, the program must wait for the GPU, so losses stay there until they are reported.
+        # Keep losses on the GPU until they are reported: the program must wait for the GPU to read a loss.
         self.defers_losses = self.device == "cuda"
         # The windows of the val split on which the validation loss is computed.
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
@@ -197,7 +197,7 @@ class Trainer:
         return model, Optimizers(model, training)
 
     def full_model(self) -> GPT:
-        """Return the full model. If the model is sharded, only the main process gets its weights."""
+        """Return the full model. If the model is sharded, only the main process's result has weights."""
         if not self.group.is_sharded:
             return self.model
         full = self.group.gather(self.model.state_dict())
@@ -217,7 +217,10 @@ class Trainer:
         save_state(self.folder, self.run_key, self.step, self._tensors(), progress, self.group)
 
     def resume(self, callbacks: Callbacks) -> int:
-        """Load the newest valid training state, and return its step, or 0 without one."""
+        """Load the newest valid training state, and return its step; return 0 if no state is valid.
+
+        Calls `callbacks.on_warning` if the number of processes has changed.
+        """
         found = load_newest_state(self.folder, self.run_key, self._tensors(), self.group)
         if found is None:
             return 0
@@ -249,7 +252,7 @@ class Trainer:
         seed, train = self.training.seed, self.splits.train.tokens
         tokens, targets = training_batch(
             train, seed=seed, step=self.step, sequences=self.sequences, block_size=self.shape.block_size
-        )  # 2 x (B, T), for all processes together
+        )  # 2 x (B, T), the batch of all processes together
         head: tuple[Tensor, ...] = ()
         if self.inclusion is not None:
             sample = draw_sample(self.inclusion, np.stack([tokens, targets]), seed=seed, step=self.step)
@@ -265,7 +268,7 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _accumulate_gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Compute the gradient of the mean loss of the whole batch, over all processes; return this loss.
+        """Compute the gradient of the mean loss over the batch of all processes, and return this loss.
 
         `head` is empty, or has the arguments `table` and `correction` of `GPT.forward`.
         """
@@ -287,15 +290,21 @@ class Trainer:
         return self.group.sum_gradients(self.optimizers.trained_parameters(), torch.stack(losses).sum())
 
     def is_report_due(self) -> bool:
-        """Return whether to report losses now. With CUDA: every log_interval steps, and when a row is due."""
+        """Return whether to report losses after this step.
+
+        On a CPU: always. With CUDA: every log_interval steps, and when a row of the loss curve is due.
+        """
         return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
 
     def is_row_due(self) -> bool:
-        """Return whether a row is due: after the first step, the last step and every eval_interval steps."""
+        """Return whether the loss curve gets a row: after the first, last and every eval_interval-th step."""
         return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
 
     def report(self, callbacks: Callbacks) -> None:
-        """Give `callbacks` the unreported losses, and, if a row is due, the loss curve with the new row."""
+        """Pass the unreported losses to `callbacks`.
+
+        If a row is due, add the row to the loss curve, and pass the curve to `callbacks`, too.
+        """
         if losses := self.read_losses():
             callbacks.on_losses(losses)
             if self.is_row_due():
@@ -363,8 +372,8 @@ def _memory_errors() -> Iterator[None]:
 def save_results(params: Params, trained: Trained, states: Path, model: Path, curve: Path) -> dict[str, Any]:
     """Write the trained model and its loss curve; return the content of reports/training.json.
 
-    The folder `model` gets the last weights. If an earlier val loss was lower, `model`/best gets the weights
-    of its step, from the folder `states`.
+    The folder `model` gets the last weights. If the val loss was lowest at an earlier step, `model`/best gets
+    the weights of that step; these are read from the folder `states`.
     """
     training, rows = params.training, trained.rows
     best = best_row(rows)
