@@ -108,15 +108,16 @@ def _add_chunk(
 def _add_rounded_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, e: Tensor, dx: Tensor, dw: Tensor, first: bool, N: int
 ) -> Tensor:
-    """Do what `_add_chunk` does with bfloat16 matrix products; return the cross-entropy in nats, (R,).
+    """Do the same as `_add_chunk`, but multiply matrices in bfloat16. Return the losses in nats, (R,).
 
     `e`, (R, V), is a buffer for e_j = exp(z_j - z_t): z are a token's logits, and t is the token's target.
     """
     s = exponentials(x, weight, targets, e)  # (R,) each token's sum of all e_j
-    # The loss is log(s): the gradient of logit z_j is e_j / s, but (1 - s) / s for the target's logit.
+    # The loss of a token is log(s). Turn `e` into s times the gradient of this loss: 1 - s for the target's
+    # logit, and e_j for each other logit z_j. Only the target's element of `e` changes.
     target_gradients = 1 - s
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
-    # The (R, C) matrices below are divided by s, because `e`, (R, V), has more elements.
+    # The division by s follows in the (R, C) matrices below: `e`, (R, V), has more elements.
     scale = (1 / (s * N))[:, None]  # (R, 1)
     dx.copy_(_product_in_fp32(e, weight).mul_(scale))
     scaled_x = (x * scale).to(x.dtype)  # (R, C)
@@ -144,11 +145,11 @@ def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Ten
         from compactgpt.model.cross_entropy_triton import is_supported, run_kernel
 
         if is_supported(x, weight):
-            # The kernel does not round logits, so the target's logit must not be rounded.
+            # Compute the target's logit in fp32, because the kernel does not round the other logits either.
             target_logits = (x.float() * weight[targets].float()).sum(1)
             return run_kernel(x, weight, target_logits, out, CAP)
     logits = torch.mm(x, weight.T, out=out)
-    # These logits are rounded to bfloat16, so the target's logit must be, too.
+    # Take the target's logit from the logits rounded to bfloat16: it must be rounded like the others.
     target_logits = logits.gather(1, targets[:, None]).float()  # (R, 1)
     replace_logits = _compiled_pass() if has_triton else _exponentials_pass
     return replace_logits(logits, target_logits)

@@ -97,7 +97,8 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                # The residual stream adds 2 n_layer projections; its variance must not grow with n_layer.
+                # The projections that add to the residual stream get a smaller std: there are 2 n_layer
+                # projections, and the variance of the stream must not grow with n_layer.
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.shape.n_layer) if residual else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)

@@ -41,7 +41,8 @@ def save_hf(
     """Export a model to a folder that transformers' `from_pretrained` and `pipeline` can load.
 
     `tokenizer` is the folder of GPT-2's tokenizer, and `card` is the text of README.md. Raises
-    NotAllowed if a file of `folder` was added or, without `overwrite`, changed.
+    NotAllowed if `folder` has a file that `save_hf` did not write. Also raises NotAllowed if a file was
+    changed since the last export, unless `overwrite` is true.
     """
     facts = {"format": "hugging-face-gpt2"}
     block_size, last_token = model.shape.block_size, model.shape.vocab_size - 1

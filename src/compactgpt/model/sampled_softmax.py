@@ -1,7 +1,7 @@
 """Sampled softmax: each training step uses a random sample of the vocabulary.
 
 Training adds -log(p) to the logit of a token that is sampled with probability p. Then the sum of exponentials
-is right on average (Horvitz and Thompson 1952).
+over a sample is, on average, the sum over the whole vocabulary (Horvitz and Thompson 1952).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Sample:
     log_inclusion: npt.NDArray[np.float32]  # (K,) log of the probability that a sample contains the token
 
     def positions(self, tokens: Ints) -> Ints:
-        """Return the index in `ids` of each of `tokens`; `ids` must contain all of them."""
+        """Return the index of each token in `ids`; `ids` must contain all tokens."""
         return np.searchsorted(self.ids, tokens)
 
 
@@ -36,15 +36,16 @@ def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
 
 
 def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
-    """Return each token's probability to be in a sample of `size` tokens on average. (V,) -> (V,).
+    """Return each token's probability to be sampled. (V,) -> (V,).
 
-    The probability is min(1, c (count + 1)^power), with a constant c. Mikolov et al. 2013 use power 0.75.
+    The probability is min(1, c (count + 1)^power). The constant c makes the sum of all probabilities `size`,
+    the average number of tokens in a sample. Mikolov et al. 2013 use power 0.75.
     """
     if size >= len(counts):
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
     ordered = np.sort(weights)[::-1]
-    rest = np.cumsum(ordered[::-1])[::-1]  # (V,) for each weight: its sum with all smaller weights
+    rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of each weight and all smaller ones
     k = np.arange(len(ordered))
     # If the k most frequent tokens have probability 1, all other probabilities must add up to size - k.
     scales = (size - k) / rest  # (V,) c for each k
@@ -56,7 +57,7 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
     """Draw a sample of the vocabulary for a training step, counted from 0.
 
-    `inclusion`, (V,), has the probability of each token. All tokens of `batch` are in the sample.
+    `inclusion`, (V,), has each token's probability to be sampled. The tokens of `batch` are always sampled.
     """
     # `training_batch` uses the same key but another counter: its random numbers are independent of these.
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, 1]))

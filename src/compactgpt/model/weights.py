@@ -24,9 +24,9 @@ def save_model(model: GPT, folder: Path, best: Path | None = None, *, force: boo
     """Write the weights and the shape of a model to `folder`.
 
     `best`, the folder of the training's best model, is copied to `folder`/best. Raises NotAllowed if a file
-    of `folder` was added or changed, unless `force` is true.
+    of `folder` was added or changed since the last save, unless `force` is true.
     """
-    if best:  # a damaged `best` must fail before any file is written
+    if best:  # raise an error for a damaged `best` before any file is written
         verified_manifest(best)
     with atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", force=force) as temporary:
         write_tensors(temporary / WEIGHTS, model.state_dict())
@@ -87,7 +87,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
-    """Raise BadData if a tensor is missing, unknown, or of another shape or dtype."""
+    """Raise BadData, which names `path`, if `found` and `expected` differ in a name, shape or dtype."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             raise BadData(f"{path}: {name} is missing")
