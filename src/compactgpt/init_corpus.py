@@ -34,7 +34,8 @@ OTHER_BYTES_PER_TOKEN = 1.5
 VAL_DOCUMENTS = 50  # val documents to aim for; a split by hash then rarely gives fewer than 20
 VAL_TOKENS = 30_000  # val tokens to aim for; every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-MIN_DOCUMENTS = 10  # MAX_VAL_FRACTION of 10 documents is 2 val documents, the fewest for text statistics
+# Documents in train and val together. With MAX_VAL_FRACTION, val gets 2: text statistics need at least 2.
+MIN_DOCUMENTS = 10
 FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut files
 # Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
@@ -53,7 +54,7 @@ class Sample:
     rows: list[dict[str, Any]] = field(default_factory=list)  # result of `document_row` for each document
     tokens: list[float] = field(default_factory=list)  # estimated number of tokens of each document
     bytes: int = 0  # UTF-8 bytes of all documents
-    cuts: set[str] = field(default_factory=set)  # where files were cut, such as "blank lines"
+    cuts: set[str] = field(default_factory=set)  # kinds of places where files were cut, such as "blank lines"
     scale: float = 1.0  # size of the corpus divided by the size of the sample
 
 
@@ -73,7 +74,7 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     `minutes` limits the training time; the default is DEFAULT_MINUTES.
     """
     params = _with_limits_of_demo(params_file)
-    # `Path.resolve` would replace a link's name by its target's name.
+    # Keep the name of a link: `Path.resolve` would replace the name by that of the link's target.
     paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
     targets, additions = zip(*map(_target, paths), strict=True)
     if len({*targets}) < len(targets):
@@ -112,8 +113,8 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 
 def _with_limits_of_demo(params_file: Path) -> Params:
-    """Return the settings of params.yaml, with the limits of the experiment `demo`."""
-    load_params(params_file)  # only for the error that names a mistake in the file
+    """Return the settings of params.yaml, but with the experiment `demo`'s limits on the text."""
+    load_params(params_file)  # raises an error for a mistake in the file; the result is not used
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
     # Replace the limits in params.yaml, which may fit an earlier corpus.
     limits = {name: demo[name] for name in ("validation", "inspection")}
@@ -124,7 +125,10 @@ def _with_limits_of_demo(params_file: Path) -> Params:
 
 
 def _target(path: Path) -> tuple[str, list[str]]:
-    """Return a text's path in corpus/, and the arguments of `dvc add` (none for a text in corpus/)."""
+    """Return a text's future path in corpus/, and the arguments with which `dvc add` copies the text there.
+
+    The list of arguments is empty if the text is in corpus/ already.
+    """
     if not path.exists():
         raise MissingInput(f"{printable(str(path))} is missing: give a text file, or a folder of text files")
     corpus = Path.cwd() / FOLDER
@@ -152,7 +156,7 @@ def _target(path: Path) -> tuple[str, list[str]]:
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """Return (folder, path in this folder) of each text file that `path` is or contains."""
+    """Return a pair (folder, path in this folder) for each text file. `path` is a text file or a folder."""
     if path.is_file():
         return [(path.parent, path.name)]
     return [(path.parent, name) for _, name in list_files([f"{path.name}/**"], path.parent)]
@@ -176,7 +180,8 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
     for folder, name in files:
         for text, source, cut in read_file(folder, name, download):
             if sample.bytes >= SAMPLE_BYTES:
-                # For compressed files, this size is too low: their text is larger.
+                # Estimate `scale` from the sizes of the files. The estimate is too low for compressed files:
+                # their text is larger.
                 size = sum((folder / name).stat().st_size for folder, name in files)
                 sample.scale = max(1.0, size / sample.bytes)
                 return sample
@@ -199,7 +204,8 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # A split by hash puts parts of one cut file in both splits, and may put too few documents in a small val.
+    # Hold out the last documents ("tail") if files were cut or val is small. A split by hash would put parts
+    # of one file in both splits, or too few documents in val.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
@@ -226,7 +232,7 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
 
 
 def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
-    """Return values of the section `validation` with which the documents in `rows` pass."""
+    """Return limits for the section `validation` that the documents in `rows` satisfy."""
     lengths = sorted(row["n_characters"] for row in rows)
     letters = sorted(row["letter_share"] for row in rows)
     copies = Counter(row["normalised"] for row in rows)
