@@ -94,7 +94,7 @@ def estimate_run(
     optimizer: str,
     settings: Estimate,
 ) -> dict[str, Any]:
-    """Return the estimate of one run: key -> value. `epochs` is a number only if `train_tokens` is."""
+    """Return the estimate of one run: key -> value. Without a number `train_tokens`, `epochs` is null."""
     run = run_of(model, training)
     flops_each = flops_per_token(model, training if isinstance(training, Training) else None)
     flops = {key: value * run.tokens for key, value in flops_each.items()}

@@ -30,7 +30,8 @@ def flops_per_token(model: Model, training: Training | None = None) -> dict[str,
     """Return the FLOPs of the forward and backward pass for one token.
 
     `six_n` is 6 times nanoGPT's number of parameters. `with_attention` adds attention (Chowdhery et al. 2022,
-    appendix B). If training computes only the logits of sampled tokens, the head's other rows are left out.
+    appendix B). If training computes logits for sampled tokens only, `with_attention` leaves out the head's
+    other rows.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -93,7 +93,7 @@ class Form:
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return the logarithm of the predicted loss for each set of constants, a row of `constants`."""
+        """Return the logarithm of the predicted loss for each row of `constants`, a set of constants."""
         factors = np.array(self.factors(math.log(num_params), math.log(tokens)))
         log_terms = np.asarray(constants) @ factors.T  # (rows, terms)
         log_losses: Floats = np.logaddexp.reduce(log_terms, axis=-1)

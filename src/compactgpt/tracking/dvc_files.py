@@ -74,7 +74,7 @@ def commit_named(root: Path, name: str) -> str:
 
 
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
-    """Parse the content of dvc.yaml, dvc.lock or params.yaml. Return an empty dict for the content None.
+    """Parse the content of dvc.yaml, dvc.lock or params.yaml. Return {} for a missing file (None).
 
     `name` is the file's name for messages. Raises BadData if the file is not a YAML mapping.
     """

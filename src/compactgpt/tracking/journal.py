@@ -49,7 +49,7 @@ _METRICS = [
 
 
 def state_folder() -> Path:
-    """Return the repository's folder `.state`, even if DVC runs the stage in a temporary folder."""
+    """Return the repository's folder `.state`, even if DVC runs an experiment in a temporary folder."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".state"
 
 
