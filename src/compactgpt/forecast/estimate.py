@@ -94,7 +94,7 @@ def estimate_run(
     optimizer: str,
     settings: Estimate,
 ) -> dict[str, Any]:
-    """Return the estimate of one run: key -> value. Without a number `train_tokens`, `epochs` is null."""
+    """Return the estimate of one run: key -> value. `epochs` is None if `train_tokens` is unknown."""
     run = run_of(model, training)
     flops_each = flops_per_token(model, training if isinstance(training, Training) else None)
     flops = {key: value * run.tokens for key, value in flops_each.items()}
