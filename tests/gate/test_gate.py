@@ -216,7 +216,7 @@ def test_the_noise_is_that_of_the_seeds_or_an_assumption_that_the_verdict_names(
         seeds_file(path, now, **changes)
         found = references.read_noise(path, now, state, SETTINGS)
         assert (found.deviation, found.degrees_of_freedom) == (SETTINGS.fallback_noise, math.inf)
-        assert f"results/seeds.json {missing}: assumed noise 0.02 nats" in found.source
+        assert f"results/seeds.json {missing}: the gate assumes a noise of 0.02 nats" in found.source
     seeds_file(path, now)
     other_recipe = snapshot(params={"training.seed": 2})  # it has the noise of the accepted recipe
     for pair in ((now, now), (other_recipe, now), (now, other_recipe)):

@@ -13,7 +13,7 @@ from compactgpt.common.console import echo, report
 from compactgpt.common.errors import CheckFailed, MissingInput
 
 ACCEPTED = "reports/accepted.json"
-VERSION = "A git revision, the ID of an MLflow run or its first characters, or `workspace`: the files here."
+VERSION = "A git revision, the ID of an MLflow run or its first characters, or `workspace` (current files)."
 
 app = typer.Typer()
 
@@ -72,9 +72,11 @@ def gate(
         str, typer.Option(help="Reference: a .json file, git revision or `champion`.")
     ] = ACCEPTED,
     accept: Annotated[str, typer.Option(metavar="REASON", help="Make reports/ the new reference.")] = "",
-    bench: Annotated[Path | None, typer.Option(help="A file of benchmarks/training.py --json.")] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="Check the training speed in a file of benchmarks/training.py --json.")
+    ] = None,
     promote: Annotated[
-        bool, typer.Option("--promote", help="If the gate passes, make the model champion.")
+        bool, typer.Option("--promote", help="If the gate passes, make the model champion in MLflow.")
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="A Markdown file to write.")] = None,
     junit: Annotated[Path | None, typer.Option(help="A JUnit XML file to write.")] = None,
@@ -83,7 +85,7 @@ def gate(
     """Check the model against an accepted model.
 
     A metric worse than its limit gives exit code 3.
-    --accept writes the present metrics to the file of --against.
+    With --accept and without --promote, only write the present metrics to the file of --against.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 MODEL = "models/compact"
-PIECE = 1000  # `evaluate` cuts a long text into pieces of about this many characters
+PIECE = 1000  # `evaluate` splits a long text into documents of about this many characters
 FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # metric -> its number of digits after the point
 MODELS = "A folder, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
 ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
@@ -33,7 +33,7 @@ ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the tr
 def generate(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="`-`: standard input. Without PROMPT, the command asks."),
+        typer.Argument(metavar="[PROMPT]", help="`-`: standard input. Without PROMPT, asks for one."),
     ] = None,
     model: Annotated[str, typer.Option("--model", help=f"{MODELS}.")] = MODEL,
     compare: Annotated[str, typer.Option(metavar="MODEL", help="Also show another model's text.")] = "",
@@ -148,7 +148,8 @@ def evaluate(
     score = scores[models[0].name]
     echo(
         f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
-        f"windows of {window:,} tokens; for every model, tokens are counted with the project's tokenizer"
+        f"context windows of {window:,} tokens; "
+        "for every model, tokens are counted with the project's tokenizer"
     )
     rows = [["model", "nats per token", "perplexity", "bits per byte"]]
     for name, score in scores.items():
@@ -164,7 +165,7 @@ def evaluate(
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
-    """Return the documents of a text, and a message about the cuts (empty without cuts)."""
+    """Split a long text. Return its documents, and a message, which is empty for a text that stays whole."""
     from compactgpt.config import Files
     from compactgpt.data.splitting import split_text
 

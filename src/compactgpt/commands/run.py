@@ -125,7 +125,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
     """Apply an experiment and run the pipeline with `dvc exp run`.
 
     Writes params.yaml, dvc.lock, data/, models/ and reports/.
-    A sweep writes results/NAME.json instead.
+    A sweep (several trainings) writes results/NAME.json instead.
     Example: compactgpt experiment run shakespeare-quick
     """
     from compactgpt import experiments
@@ -172,7 +172,7 @@ def record_experiment(name: ExperimentName) -> None:
 
 @experiment.command("fit")
 def fit_experiment(name: ExperimentName = "ladder") -> None:
-    """Fit a scaling law to a sweep, and predict the loss of a training with params.yaml.
+    """Fit a scaling law to a sweep of trainings, and predict the loss of a training with params.yaml.
 
     Also writes the law to results/NAME.json.
     Example: compactgpt experiment fit ladder
@@ -195,7 +195,7 @@ def check() -> None:
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
 def sync(warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, only warn.")] = False) -> None:
-    """Copy the finished runs of this folder to MLflow."""
+    """Copy the finished pipeline runs of this folder to MLflow."""
     from compactgpt.tracking.mlflow_logger import sync as sync_runs
 
     try:
@@ -205,7 +205,7 @@ def sync(warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, onl
             raise
         report(f"warning: {error}")
         return
-    echo(f"MLflow at {address} has all finished runs of this folder")
+    echo(f"MLflow at {address} has all finished pipeline runs of this folder")
 
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
@@ -214,4 +214,7 @@ def repair() -> None:
     from compactgpt.tracking.dvc_files import restore_lock
 
     if restore_lock(Path()):
-        echo("dvc.lock was incomplete because DVC was killed: restored its state at the last stage's start")
+        echo(
+            "dvc.lock was incomplete because DVC was killed. "
+            "The copy from before the last stage has replaced the file"
+        )

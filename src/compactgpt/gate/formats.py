@@ -13,15 +13,15 @@ from compactgpt.common.storage import write_text
 from compactgpt.gate.gate import Check, Verdict
 
 _TEMPLATE = Path(__file__).parent / "templates/comment.md.j2"
-_MOST_LINES = 5  # maximum number of failures and warnings above the table of the comment
+_MOST_LINES = 5  # the pull request's comment lists at most this many failures and warnings
 _MOST_POINTS = 40  # maximum number of points of a curve in the chart
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}  # status -> word in the terminal
-_ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}  # status -> icon in the comment
+_ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}  # status -> icon in the pull request's comment
 _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
 
 
 def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | None) -> None:
-    """Write the verdict to the given files, and inside GitHub Actions to the step summary."""
+    """Write the verdict to the given files. Inside GitHub Actions, also add it to the job's summary."""
     if markdown_file:
         write_text(markdown_file, render_markdown(verdict))
     if junit_file:
@@ -101,7 +101,7 @@ def _make_chart(curve: Sequence[Mapping[str, float | None]]) -> dict[str, Any] |
 
 
 def _headline(verdict: Verdict) -> str:
-    """Return whether the gate passed, with the names of failed checks or of warnings."""
+    """Return `gate: failed` and the failed checks, or `gate: passed` and the checks with warnings."""
     if failed := verdict.failures:
         return f"gate: failed ({', '.join(check.name for check in failed)})"
     warned = [check.name for check in verdict.checks if check.status == "warn"]

@@ -30,12 +30,12 @@ _NO_EFFECT = (
 class Noise:
     """The standard deviation of the loss between training runs that differ in their seeds only."""
 
-    deviation: float  # standard deviation of a run's loss, nats per token
+    deviation: float  # nats per token
     degrees_of_freedom: float  # number of measured runs - 1; infinite for an assumed deviation
     source: str  # a sentence for the verdict: where the deviation comes from
 
     def quantile(self, level: float) -> float:
-        """Return the largest rise of the loss between two runs that chance explains at this level."""
+        """Return how much chance can raise the loss from one run to the next, at significance `level`."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
@@ -45,8 +45,8 @@ class Documents:
     """The total loss of a model on each document of the val split."""
 
     ids: tuple[str, ...]
-    tokens: Array  # (documents,)
-    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> total losses, (documents,)
+    tokens: Array  # number of predicted tokens of each document, (documents,)
+    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> total loss of each document
     of: int  # number of documents in the complete val split
 
     def select(self, ids: tuple[str, ...]) -> "Documents":
@@ -59,13 +59,13 @@ class Documents:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The metrics, parameters and hashes of one version of the project, which the gate compares."""
+    """What the gate compares: metrics, parameters and hashes of one version of the project."""
 
     name: str  # name of this version in the verdict
-    # Evaluation settings: `val` -> SHA-256 of the val split; `window`, `own.stride` -> tokens. If they
-    # differ, the gate fails.
+    # How the model was evaluated: `val` -> SHA-256 of the val split; `window` and `own.stride` -> length and
+    # distance of context windows, in tokens. If a value differs between the versions, the gate fails.
     fingerprint: Mapping[str, Any]
-    data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256
+    data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256 of the train split or tokenizer
     params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
     figures: Mapping[str, float]  # metric -> value
     baselines: Mapping[str, float]  # baseline -> loss, nats per token
@@ -107,7 +107,7 @@ class Verdict:
 
     @property
     def checks(self) -> list[Check]:
-        """All checks except those in `watched`."""
+        """The checks in `guards` and `metrics`, without the rows in `watched`."""
         return [*self.guards, *self.metrics]
 
     @property
@@ -150,7 +150,7 @@ def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
     if not set(then.documents.ids) <= set(now.documents.ids):
         return Check("validation", "fail", "not comparable: the reference has documents that are missing now")
     split = _shorten(now.fingerprint["val"])
-    return Check("validation", "pass", f"both versions use the val split {split} and the same windows")
+    return Check("validation", "pass", f"both versions use val split {split} and the same context windows")
 
 
 def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -192,7 +192,7 @@ def _check_baselines(
 ) -> Iterator[Check]:
     """Yield a check for each baseline whose loss changed, or one passed check if no loss changed.
 
-    A changed loss fails the gate; if parameters or data changed, too (`explained`), it is a warning.
+    A changed loss fails the gate. If parameters or data changed, too (`explained`), the check only warns.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -222,7 +222,7 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
             yield _check_accuracy(then, now, name, settings.tolerances[name], level)
         elif name in hits:
             right, of = hits[name].count("1"), len(hits[name])
-            says = f"can't fail: too few right answers in the reference ({right} of {of:,})"
+            says = f"can't fail, because the accepted model has too few right answers ({right} of {of:,})"
             yield Check(name, "info", says, before, after)
         else:
             yield _check_perplexity(then, now, name, settings.tolerances[name], noise, level)
@@ -234,15 +234,15 @@ def choose_accuracies(
     """Return the accuracies that can fail, and the significance level of each test.
 
     `hits`: accuracy -> a digit per item, 1 if the accepted model's answer is right.
-    `has_perplexity`: whether a perplexity is tested, too. All tests share `false_alarms`.
+    `has_perplexity`: whether the gate tests a perplexity, too. More tests give each test a lower level.
     """
-    # An accuracy can fail if its lowest p-value can reach the level. McNemar's test (null hypothesis: both
-    # models are equally good) gives 0.5^n if the new model loses all n right answers.
+    # An accuracy can fail if its fall to 0 would exceed the tolerance and be significant. If all n
+    # right answers are lost, McNemar's test (null hypothesis: the models are equally good) gives p = 0.5^n.
     lost = {name: found.count("1") for name, found in hits.items()}
     able = [name for name in hits if lost[name] > settings.tolerances[name] * len(hits[name])]
     able.sort(key=lambda name: -lost[name])
     while able and 0.5 ** lost[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
-        able.pop()  # remove the fewest right answers: with fewer tests, each test's level rises
+        able.pop()  # drop the task with the fewest right answers: fewer tests give each test a higher level
     return able, settings.false_alarms / max(1, has_perplexity + len(able))
 
 
@@ -258,16 +258,17 @@ def _check_perplexity(
 
 
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
-    """Return the relative rise of the perplexity, with its confidence interval (1 - 2 * `level`).
+    """Return the relative rise of the perplexity, with a confidence interval.
 
-    `nats` are losses of the new model, `nats_then` of the accepted model. Arrays are (documents,).
+    `nats` are the new model's total losses per document, `nats_then` the accepted model's.
+    The interval misses the true rise with the probability `level` on each side.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
     scored = tokens > 0
     found = ratio_interval((nats - nats_then)[scored], tokens[scored], confidence=1 - 2 * level)
     between_runs = noise.quantile(level)
-    # The errors from the choice of documents and from the runs' noise are independent: their squares add up.
+    # Add the squares of two independent errors: from the choice of documents, and from the seed of a run.
     low = found.value - math.hypot(found.value - found.low, between_runs)
     high = found.value + math.hypot(found.high - found.value, between_runs)
     return Interval(found.value, low, high).map(math.expm1)

@@ -1,6 +1,7 @@
 """Read the versions that the gate compares: the present project and the reference.
 
-The reference is a commit, MLflow's champion, or a file that `compactgpt gate --accept` wrote.
+The reference is a commit, the model with the alias `champion` in MLflow, or a file that
+`compactgpt gate --accept` wrote.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
 # Fields of `Snapshot` that the file of an accepted reference has, too.
 _UNCHANGED = ("fingerprint", "data", "params", "figures", "baselines", "tasks")
-_SAME_SUM = 1e-9  # nats per token; adding the losses in another order changes the result by less
+_SAME_SUM = 1e-9  # nats per token; a sum of the same losses in another order differs by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
 
@@ -69,14 +70,14 @@ class _Reference(Section):
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
     """Compare the project in the folder `root` with the reference `against`.
 
-    `bench` is a file that `benchmarks/training.py --json` wrote; None skips the check of the throughput.
+    `bench` is a file that `benchmarks/training.py --json` wrote; None skips the check of the training speed.
     """
     throughput = None
     if bench is not None:
         try:
             throughput = float(read_json(bench)["engines"]["ours"]["ratio"])
         except (LookupError, TypeError, ValueError) as error:
-            advice = "write it with `benchmarks/training.py --json`"
+            advice = "write the file with `benchmarks/training.py --json`"
             raise BadData(
                 f"{bench} has no engines.ours.ratio (our training speed over nanoGPT's): {advice}"
             ) from error
@@ -89,7 +90,8 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
     """Return the noise between training runs, from the runs with different seeds in the file `path`.
 
-    Returns `regression.fallback_noise` if the file is missing, or its val split or settings differ.
+    Returns `regression.fallback_noise` if `path` is missing, or if `path` has another val split or other
+    settings than the compared versions `then` and `now`.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -107,8 +109,9 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
         )
         return Noise(deviation, len(losses) - 1, says)
     assumed = settings.fallback_noise
-    says = f"{SEEDS} {problem}: assumed noise {assumed} nats per token (regression.fallback_noise)"
-    return Noise(assumed, math.inf, f"{says}; to measure the noise, run `compactgpt experiment run seeds`")
+    says = f"{SEEDS} {problem}: the gate assumes a noise of {assumed} nats per token"
+    advice = "to measure the noise, run `compactgpt experiment run seeds`"
+    return Noise(assumed, math.inf, f"{says} (regression.fallback_noise); {advice}")
 
 
 def read_present(root: Path) -> Snapshot:
@@ -117,9 +120,10 @@ def read_present(root: Path) -> Snapshot:
 
 
 def read_reference(name: str, root: Path) -> Snapshot:
-    """Read a reference: `champion`, a .json file from `accept`, or a commit, branch, tag or DVC experiment.
+    """Read the reference `name`: `champion`, a .json file, or a commit, branch, tag or DVC experiment.
 
-    Raises BadConfig for an unknown name, MissingInput without reports, and BadData for damaged files.
+    Raises BadConfig for an unknown name, MissingInput if the reference has no reports, and BadData if a
+    file of the reference is damaged.
     """
     if name.endswith(".json"):
         return read_accepted(root / name)
@@ -135,7 +139,7 @@ def read_reference(name: str, root: Path) -> Snapshot:
     try:
         totals = Cache(root).files(md5)[_TOTALS]
     except MissingInput as error:
-        advice = "if a remote has them, run `dvc fetch --all-commits evaluation` (docs/ci.md)"
+        advice = "if a remote has these losses, run `dvc fetch --all-commits evaluation` (docs/ci.md)"
         raise MissingInput(f"DVC's cache lacks the per-document losses of {label}: {advice}") from error
     return _read_version(label, version, totals)
 
@@ -148,7 +152,7 @@ def _read_champion(root: Path) -> Snapshot:
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         with store_errors(tracking_store()["uri"]):
             if not (found := champion(store)):
-                raise MissingInput("no model is champion yet: run `compactgpt gate --promote` to make one")
+                raise MissingInput("no model is champion in MLflow: make one by `compactgpt gate --promote`")
             store.client.download_artifacts(found.tags[PIPELINE_RUN], "", scratch)
         folder = Path(scratch)
         label = f"champion, version {found.version}"
@@ -156,7 +160,7 @@ def _read_champion(root: Path) -> Snapshot:
 
 
 def _read_version(name: str, version: Place, totals: Path) -> Snapshot:
-    """Read the reports and parameters of a version of the project, and its losses from the file `totals`.
+    """Read a version's reports and parameters, and its losses per document from the file `totals`.
 
     Raises MissingInput if a report is missing, and BadData if a file is damaged.
     """
@@ -218,9 +222,9 @@ def _read_documents(path: Path, reported: float) -> Documents:
 
 
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
-    """Write `snapshot` as the accepted reference, with at most `max_documents` documents.
+    """Write `snapshot` to `path` as the accepted reference, with at most `max_documents` documents.
 
-    Raises BadConfig without a reason, and NotAllowed if `path` is a file that `accept` did not write.
+    Raises BadConfig if `reason` is empty, and NotAllowed if `path` is a file that `accept` did not write.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
@@ -241,7 +245,7 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
 
 
 def read_accepted(path: Path) -> Snapshot:
-    """Read a file that `accept` wrote. Raises MissingInput, or BadData if the file is damaged."""
+    """Read a file that `accept` wrote. Raises MissingInput for a missing file, BadData for a damaged file."""
     if not path.exists():
         raise MissingInput(f'{path} is missing: run `compactgpt gate --accept "the first reference"`')
     try:
@@ -251,7 +255,7 @@ def read_accepted(path: Path) -> Snapshot:
         columns = dict(zip(reference.documents.columns[1:], table.T, strict=True))
         tokens = columns.pop("tokens")
     except (LookupError, ValueError) as error:
-        advice = f"restore it with `git checkout {path}`"
+        advice = f"restore the file with `git checkout {path}`"
         raise BadData(f"{path} is not a valid reference ({error}): {advice}") from error
     documents = Documents(tuple(row[0] for row in rows), tokens, columns, reference.documents.of)
     unchanged = {key: getattr(reference, key) for key in _UNCHANGED}
@@ -259,7 +263,7 @@ def read_accepted(path: Path) -> Snapshot:
 
 
 def promote(root: Path, reason: str = "") -> str:
-    """Make the model in models/ the champion of the model registry, and return its version number.
+    """Make the model in models/ the champion of MLflow's registry, and return its version number there.
 
     Raises CheckFailed if the champion has another configuration than the model, and `reason` is empty.
     """

@@ -60,7 +60,7 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Return the differences between the versions named `first` and `second`, as in `find_version`."""
+    """Return the differences between two versions. `first` and `second` are names for `find_version`."""
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(scratch))
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
@@ -90,7 +90,7 @@ def _data_hashes(version: Version) -> dict[str, str]:
 
 
 def _figures(version: Version) -> dict[str, Any]:
-    """Return the metrics in a version's reports, by model and metric, such as `xz: loss`."""
+    """Return the metrics in a version's reports: model and metric, such as `xz: loss` -> value."""
     found = {}
     for stage, entry in version.entries.items():
         name, _, item = stage.partition("@")
@@ -107,7 +107,7 @@ def _figures(version: Version) -> dict[str, Any]:
 
 
 def _changed_code(a: Version, b: Version, root: Path) -> str:
-    """Return the changed files as text: from `git diff --stat`, and those with uncommitted changes."""
+    """Return the output of `git diff --stat`, and a line with the uncommitted files of each version."""
     lines = []
     if a.commit and b.commit and a.commit != b.commit:
         paths = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
@@ -141,12 +141,12 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, I
 
 
 def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
-    """Return model -> losses per document; None if no file or cache has the losses of a model."""
+    """Return model -> losses per document; None for a model without losses on disk or in DVC's cache."""
     found: dict[str, Totals | None] = {}
     for out, md5 in all_outs(version.entries).items():
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
-        # The output `data/evaluation` is a folder, and each output in data/baseline is a file.
+        # Name the file with the losses: `data/evaluation` is a folder, each output in data/baseline a file.
         name = "compact.parquet" if out == "data/evaluation" else ""
         path = Path(out, name)
         if isinstance(version.place, Folder) and (version.place.root / path).exists():

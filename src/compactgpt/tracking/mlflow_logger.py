@@ -43,7 +43,7 @@ def start_logger(run_folder: Path) -> None:
 
 
 def copied_to(folder: RunFolder) -> str:
-    """Return the `Store.identity` of the store that has all of `folder`; empty before the copy ends."""
+    """Return the `Store.identity` of the MLflow store with a full copy of `folder`, or "" if none has."""
     note = folder.path / "mlflow.json"
     return str(read_json(note)["store"]) if note.exists() else ""
 
@@ -113,7 +113,7 @@ class Logger:
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
-        # After a restart, this process logs all lines again: MLflow stores equal metrics only once.
+        # A restarted process logs a journal from its first line. MLflow stores equal metrics only once.
         self.store.log(copied.run_id, lines)
         if self.run_id:
             self.store.log(self.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])
@@ -142,7 +142,7 @@ class Logger:
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
-            del tags["lock_sha256"]  # `sync` takes a run with this tag for a complete run
+            del tags["lock_sha256"]  # `sync` must not find a failed run by this tag
         ran = {file.start["stage"]: self.copied[file.folder.name].run_id for file in self.folder.stages()}
         links = {}  # name of a stage -> link to the MLflow run that made its outputs
         for stage, entry in found.entries.items():
@@ -174,7 +174,7 @@ def follow(folder: RunFolder) -> None:
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
-                folder.keep_after()  # first, because `open_store` can fail
+                folder.keep_after()  # save the files before `open_store`, which can fail
                 logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                 with store_errors(folder.start["store"]["uri"]):
                     if logger.copy():
@@ -192,9 +192,10 @@ def follow(folder: RunFolder) -> None:
 
 
 def sync(root: Path) -> str:
-    """Copy the run folders of all ended processes to MLflow and return the current store's address.
+    """Copy the run folders of all ended `dvc` processes to MLflow, and return the current store's address.
 
-    Logs a run for dvc.lock if MLflow has none. Raises the first error after all copies.
+    Logs a run for the results in dvc.lock if the store has no run with these results.
+    Continues after a failed copy, and raises the first error at the end.
     """
     if not (root / STAGES).exists():
         raise MissingInput(f"{STAGES} is missing in {root.resolve()}: run from the repository folder")
@@ -224,7 +225,7 @@ def sync(root: Path) -> str:
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Copy run folders to the store `wanted`, and return the errors of the failed copies."""
+    """Copy run folders to the MLflow store `wanted`, and return the errors of the failed copies."""
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")
@@ -237,22 +238,22 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
                     raise Busy("DVC has not saved the run's results yet: run `compactgpt sync` again later")
         except UserError as problem:
             problems.append(problem)
-            if not store:  # the store can't be opened, so every other copy would fail, too
+            if not store:  # the store can't be opened, so the next copies would fail, too
                 break
     return problems
 
 
 def _log_missing_run(root: Path, current: dict[str, str], lock: str) -> bool:
-    """Log an MLflow run for the results in dvc.lock if no run has made them.
+    """Log an MLflow run for the results in dvc.lock, unless MLflow has a run with these results.
 
-    Returns whether MLflow has such a run now. `lock` is the SHA-256 of dvc.lock.
+    Returns whether MLflow has a run for the results now. `lock` is the SHA-256 of dvc.lock.
     """
     place, store = Folder(root), open_store(root, current)
     with store_errors(current["uri"]):
         if store.find("lock_sha256", lock):
             return True
         found = pipeline_run.find_outcome(place, place, [], "dvc repro", root)
-        if not found.stages or found.status != "FINISHED":  # no run: a stage has no valid results
+        if not found.stages or found.status != "FINISHED":  # log no run: a stage has no current results
             return False
         tags = {**git_facts(root), **journal.machine_facts()}
         pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}

@@ -23,10 +23,10 @@ from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Commit, Entry, Folder, Place
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
-PIPELINE = "pipeline"  # the tag `stage` has this value in the run of a whole pipeline
+PIPELINE = "pipeline"  # the MLflow run of a whole pipeline has this value as its tag `stage`
 AFTER = "after"  # name of the folder with copies of dvc.lock, reports and other files after the end of `dvc`
 OUTCOME = "outcome.json"
-COMMIT_SECONDS = 30.0  # how long to wait for DVC's commit of an experiment after its last stage
+COMMIT_SECONDS = 30.0  # after an experiment's last stage, wait this long for DVC's commit
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
@@ -47,7 +47,7 @@ class RunFolder:
         self.before, self.after = Folder(path / BEFORE), Folder(path / AFTER)
 
     def journals(self) -> list[JournalFile]:
-        """Return all journals with a complete first line, the oldest journal first."""
+        """Return the journals in the folder, the oldest first. Skips a journal without a whole first line."""
         found = sorted(path.parent for path in self.path.glob(f"*/{JOURNAL}"))
         return [file for folder in found if (file := JournalFile(folder)).start]
 
@@ -57,7 +57,7 @@ class RunFolder:
 
     @cached_property
     def start(self) -> dict[str, Any]:
-        """The first line of the oldest journal; its key `pipeline` describes the `dvc` process, if any."""
+        """The first line of the oldest journal. The key `pipeline` is missing for a stage started by hand."""
         return self.journals()[0].start
 
     @property
@@ -106,7 +106,7 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return the folder or commit with the resulting dvc.lock, or None while DVC may still commit it."""
+        """Return the folder or commit with dvc.lock as `dvc` left it; None if DVC may still commit."""
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")
@@ -115,7 +115,7 @@ class RunFolder:
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
             newest = max(file.path.stat().st_mtime for file in self.journals())
             return Folder(self.path / "no-commit") if time.time() - newest > COMMIT_SECONDS else None
-        # A later `dvc` process in the same work tree has saved this dvc.lock to its own folder `before/`.
+        # Prefer the copy of dvc.lock that the next `dvc` process in the same work tree saved when it started.
         for later in run_folders(self.root):
             if later.path.name > self.path.name and later.start.get("workspace") == workspace:
                 return later.before
@@ -133,7 +133,7 @@ class RunFolder:
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # `before/` has no code and no corpus, so `find_outcome` compares these with the work tree.
+        # `find_outcome` compares code and corpus with the work tree, because `before/` has no copies of them.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         for path, md5 in outs(place, found).items():
@@ -154,7 +154,7 @@ def find_outcome(
 ) -> Outcome:
     """Return the outcome of the `dvc` process that ran `command`.
 
-    `before` and `place` have dvc.lock and params.yaml before and after the process.
+    `before` has dvc.lock and params.yaml from before the process, and `place` has them from after it.
     `tree` is the work tree, or None if `place` is a commit.
     """
     try:
@@ -165,7 +165,7 @@ def find_outcome(
         return Outcome(status="FAILED", reason=str(error))
     ran = {file.start["stage"]: file for file in journals}
     found, made = Outcome(), dvc_files.all_outs(locked)
-    valid: dict[str, str] = {}  # path of an output of a stage with valid results -> its MD5
+    valid: dict[str, str] = {}  # path of an output of a successful or up-to-date stage -> MD5
     for stage in stages:  # in dvc.yaml, each stage follows all stages on which it depends
         entry = locked.get(stage, {})
         found.stages[stage] = NOT_REACHED
@@ -189,9 +189,9 @@ def find_outcome(
 def _is_current(
     entry: Entry, params: dict[str, Any], made: dict[str, str], valid: dict[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage's `entry` in dvc.lock fits the current parameters and dependencies.
+    """Return whether a stage is up to date: `entry` (from dvc.lock) has the current inputs and `params`.
 
-    `made` has all outputs in dvc.lock, and `valid` the outputs of stages with valid results.
+    `made` maps each output in dvc.lock to its MD5; `valid` has only outputs of up-to-date stages.
     `tree` is the work tree, or None if a commit has the files.
     """
     wanted = dvc_files.entry_params(entry)
@@ -201,7 +201,7 @@ def _is_current(
         inside = {out for out in made if dvc_files.overlap(out, path)}
         if not inside <= valid.keys() or made.get(path, md5) != md5:
             return False
-        # Without `tree`, code needs no check: DVC commits an experiment only if all stages succeeded.
+        # Compare code with the work tree. A commit needs no check: DVC commits only if all stages succeeded.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
@@ -231,9 +231,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return tags with the SHA-256 of dvc.lock and the model's weights, and the token files as data sets.
+    """Return two tags (SHA-256 of dvc.lock, SHA-256 of the weights), and the token files as data sets.
 
-    `Journal.inputs` accepts these data sets. `made` maps the path of each output to its MD5.
+    The data sets are an argument for `Journal.inputs`. `made` maps the path of each output to its MD5.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):

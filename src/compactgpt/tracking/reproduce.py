@@ -1,4 +1,4 @@
-"""Run a version of the project again in a temporary checkout, and compare the hashes and losses."""
+"""Run a version of the project again in a temporary checkout, and compare the outputs."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import numbers
 from compactgpt.tracking.records import WORKSPACE, Version, changed_environment, find_version, version_here
 
-# The outputs of `download` are restored if possible, because `corpus` may have changed since the run.
+# A stage and its input folder. A second run restores the stage's outputs, as the folder may have changed.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # Rounding can explain losses that differ by up to 1 %. The largest measured difference was 0.15 %.
@@ -68,7 +68,7 @@ class Result:
 
 
 def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
-    """Return two lists of sentences: what a second run of a version lacks, and what this machine changes.
+    """Return two lists of sentences: what is missing to run a version again, and how this machine differs.
 
     `wanted` is the version's name for `find_version`.
     """
@@ -81,8 +81,9 @@ def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
 def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
     """Run the version named `wanted` again, and compare its new outputs with its old outputs.
 
-    `log` prints a message. `confirm` shows the commands, and returns whether to run them.
-    Raises MissingInput, OutsideFolder, NotAllowed if not confirmed, or CheckFailed if a stage fails.
+    `log` prints a message. `confirm` shows the stages' commands, and returns whether to run them.
+    Raises MissingInput if an input is missing, OutsideFolder if a path leads out of the checkout,
+    NotAllowed if the user does not confirm, or CheckFailed if a stage fails.
     """
     root = root.resolve()
     with _temporary_folder(root) as folder:
@@ -103,7 +104,7 @@ def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Call
             shutil.copytree(root / CORPUS, inside(tree, CORPUS), dirs_exist_ok=True)
             log("the download stage runs again")
         if _run_dvc(tree):
-            raise CheckFailed("the second run is incomplete: a stage failed, read the stage's message above")
+            raise CheckFailed("the second run is incomplete because a stage failed: read its message above")
         return compare_hashes(version, version_here("the second run", tree))
 
 
@@ -122,14 +123,14 @@ def _temporary_folder(root: Path) -> Iterator[Path]:
 def _find(wanted: str, root: Path, folder: Path) -> Version:
     if wanted == WORKSPACE:
         raise BadConfig(
-            f"{WORKSPACE} is not a run: use a run id (`make ui` shows all runs) or a git revision"
+            f"{WORKSPACE} is not a run: use an MLflow run's id (`make ui` shows the ids) or a git revision"
         )
     require_repository(root)
     return find_version(root, wanted, folder)
 
 
 def find_missing(version: Version, root: Path) -> list[str]:
-    """Return a sentence for each thing that a second run of the version needs but lacks."""
+    """Return a sentence for each missing thing that a second run of the version needs."""
     if not version.commit:
         return ["the run names no commit: it did not run in a git repository"]
     try:
@@ -154,7 +155,7 @@ def _machine_changes(version: Version, here: Version) -> dict[str, str]:
 
 
 def is_in_history(version: Version, root: Path) -> bool:
-    """Return whether HEAD's history has the version's commit; False for the version of an MLflow run."""
+    """Return whether HEAD's history has the version; False for MLflow runs: their code may be uncommitted."""
     if not isinstance(version.place, Commit):
         return False
     # The output of git is empty if the history of HEAD has the commit.
@@ -226,8 +227,8 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
             sources.append(project.cloud.get_remote_odb())
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
-            # `shallow=False` copies the files in a folder, too. `verify=True` refuses altered files.
-            with suppress(Exception):  # skip a source that fails: each kind has its own exceptions
+            # `shallow=False` also copies the files of a folder. `verify=True` refuses a file with a bad hash.
+            with suppress(Exception):  # skip a cache or remote that fails: each kind has its own exceptions
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
         write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML, too
         stage = f"{tree / STAGES}:{DATA}"  # without the path, DVC reads dvc.yaml in the current folder
@@ -271,7 +272,7 @@ def compare_hashes(version: Version, second: Version) -> Result:
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = [text for name, text in _machine_changes(version, second).items() if name in _ARITHMETIC]
-    # Rounding can cause both differences: another output of a stage is another input of later stages.
+    # Rounding can cause these two: a stage has other outputs, and so later stages have other inputs.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict = DIFFERENT
@@ -286,7 +287,7 @@ def compare_hashes(version: Version, second: Version) -> Result:
 
 
 def _first_change(old: Entry, new: Entry | None) -> str:
-    """Return IDENTICAL for equal outputs, otherwise the reason, such as `other params`."""
+    """Return IDENTICAL if the outputs are equal, otherwise what differs, such as `other params`."""
     if new is None:
         return "not run again"
     if outs(old) == outs(new):

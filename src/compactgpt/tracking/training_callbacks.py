@@ -28,9 +28,9 @@ class TrainingCallbacks:
     """Prints and logs the progress of training; each process of distributed training has an instance."""
 
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
-        """Log the expected loss, print the batch size, and warn if the warm-up is too long for the training.
+        """Log the predicted final loss, print the batch size, and warn if the warm-up has too many steps.
 
-        `stage` comes from `open_stage`; `curve` is the file for the loss curve.
+        `stage` comes from `open_stage`, `tokenizer` is a folder, and `curve` is the file for the loss curve.
         """
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
@@ -74,7 +74,7 @@ class TrainingCallbacks:
         """
         self.figures["val loss"] = f"{rows[-1].val_loss:.3f}"
         self.stage.tracker.metrics({"val/loss": rows[-1].val_loss}, rows[-1].step)
-        if self.is_main_process:  # so that `dvc plots show` can draw the curve during training
+        if self.is_main_process:  # one process writes the file, for `dvc plots show` during training
             write_text(self.curve, loss_csv(rows))
         if overfits := overfitting_warning(rows):
             self._warn("overfits", overfits)
@@ -113,7 +113,7 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def overfitting_warning(rows: list[Row]) -> str | None:
-    """Return a warning if the val loss rose by OVERFITTING after its minimum, while the train loss fell."""
+    """Return a warning if the val loss is OVERFITTING above its minimum, but the train loss still fell."""
     best, last = best_row(rows), rows[-1]
     if last.val_loss < best.val_loss + OVERFITTING or last.train_loss >= best.train_loss:
         return None
