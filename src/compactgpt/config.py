@@ -23,7 +23,8 @@ FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # suffixes 
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-View = Literal["own", "strided"]  # own: windows of the model's context; strided: such windows that overlap
+# How a text is cut into windows as long as the model's context. own: side by side; strided: overlapping.
+View = Literal["own", "strided"]
 SCRATCH = "scratch"  # value of training.init_from: training starts with random weights
 
 
@@ -64,13 +65,14 @@ class Files(Section):
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = None  # the corpus's name in reports
     patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]  # globs, relative to the repository
     text_column: NonEmpty  # the column or key with the text of a document
-    split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]  # how .txt and .md are cut
+    # How .txt and .md files are split into documents.
+    split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]
     heading: re.Pattern[str] | None  # with split heading, each match begins a document
     split_characters: PositiveInt  # with split size or auto: minimum length of a document
-    split_over_characters: PositiveInt  # with split auto, only files longer than this are cut
-    max_decompressed_megabytes: PositiveInt  # of one compressed file
-    max_decompression_ratio: PositiveInt  # maximum of decompressed bytes per compressed byte
-    min_free_disk_megabytes: NonNegativeInt  # must stay free while a parquet file is decompressed
+    split_over_characters: PositiveInt  # with split auto, a file up to this length is one document
+    max_decompressed_megabytes: PositiveInt  # maximum size of one file after decompression
+    max_decompression_ratio: PositiveInt  # maximum number of decompressed bytes per compressed byte
+    min_free_disk_megabytes: NonNegativeInt  # free disk space that must remain while parquet is decompressed
 
     def _mistakes(self) -> Iterator[str]:
         if self.split == "heading" and self.heading is None:
@@ -88,14 +90,14 @@ class HubSet(Section):
     licence: str
     sha256: Sha256 | None = None  # hash of the text of all rows
     opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
-    separator: NonEmpty | None = None  # each row is cut into parts at this text
-    join_characters: PositiveInt | None = None  # adjacent parts are joined up to this length or more
-    file: UserPath | None = None  # a local copy, read instead of the hub
+    separator: NonEmpty | None = None  # each row is split into parts at this text
+    join_characters: PositiveInt | None = None  # parts of a row are joined to texts of at least this length
+    file: UserPath | None = None  # local copy of the text, read instead of the hub if it exists
     file_url: NonEmpty | None = None  # where the user can download `file`
 
     def _mistakes(self) -> Iterator[str]:
         if self.opens_document is not None and self.separator is not None:
-            yield "opens_document joins rows, and separator cuts them: give one of the two at most"
+            yield "opens_document joins rows, and separator splits them: give one of the two at most"
         if str(self.revision).startswith("refs/") and self.sha256 is None:
             yield "revision is a branch, whose content can change: give sha256, or a commit as the revision"
 
@@ -121,10 +123,10 @@ class Tokenizer(Section):
 
 
 class Download(Section):
-    corpus: Literal["docstrings", "files", "hub"]  # which of the sections below is the corpus
+    corpus: Literal["docstrings", "files", "hub"]  # the section below that describes the corpus
     max_documents: PositiveInt | None  # use only this many documents; None: all
-    max_bytes: PositiveInt | None  # use at most this much text; None: all
-    shard_megabytes: PositiveInt  # size of each file of documents
+    max_bytes: PositiveInt | None  # use at most this many bytes of text; None: all
+    shard_megabytes: PositiveInt  # size of a shard, a file that contains many documents
     max_document_megabytes: Annotated[int, Field(gt=0, le=1000)]  # a longer .txt or .md document is an error
     max_row_megabytes: Annotated[int, Field(gt=0, le=1000)]  # a longer row is an error
     docstrings: Docstrings
@@ -134,20 +136,21 @@ class Download(Section):
 
 
 class Validation(Section):
-    min_characters: NonNegativeInt  # of one document
-    max_characters: PositiveInt  # of one document
+    min_characters: NonNegativeInt  # minimum length of one document
+    max_characters: PositiveInt  # maximum length of one document
     min_documents: PositiveInt
-    min_total_megabytes: NonNegativeFloat  # of all documents together
+    min_total_megabytes: NonNegativeFloat  # minimum size of all documents together
     min_letter_share: Share  # letters in one document, divided by its characters that are not white space
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
-    mostly: Share  # share of documents that must meet each expectation
-    max_rows: Annotated[int, Field(ge=1000)]  # number of checked documents; a smaller sample could be empty
+    mostly: Share  # share of documents that must meet an expectation about single documents
+    # Of more documents, a sample of about this many is checked. Fewer than 1000 could give an empty sample.
+    max_rows: Annotated[int, Field(ge=1000)]
 
 
 class Tokenization(Section):
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]  # the share of the val split
-    split: Literal["hash", "tail"] = "hash"  # val is chosen by a hash of each text, or is the corpus's end
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]  # val's share: documents (split hash) or bytes (tail)
+    split: Literal["hash", "tail"] = "hash"  # val: texts chosen by their hash, or the corpus's end
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"  # both give the same token ids
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster
 
@@ -155,17 +158,17 @@ class Tokenization(Section):
 class Inspection(Section):
     min_val_documents: PositiveInt
     max_val_deviation: PositiveFloat  # maximum of |val's share - val_fraction|, in standard deviations
-    shingle_words: PositiveInt  # MinHash compares word sequences of this length
+    shingle_words: PositiveInt  # number of words in the sequences that MinHash compares
     permutations: PositiveInt  # length of a MinHash signature
-    bands: PositiveInt  # parts of a signature; two documents with an equal part are compared
+    bands: PositiveInt  # number of parts of a signature; two documents that share a part are compared
     seed: Seed
-    similarity: PositiveShare  # near duplicates are at least this similar
-    overlap_words: PositiveInt  # number of words in each val sequence that is searched for in train
-    flagged_overlap: Share  # a val document with more overlap is reported
-    leaked_overlap: PositiveShare  # a val document with this overlap or more is leaked
+    similarity: PositiveShare  # Jaccard similarity from which two documents are near duplicates
+    overlap_words: PositiveInt  # val's sequences of this many words are searched for in train
+    flagged_overlap: Share  # reported: a val document with more than this share of its sequences in train
+    leaked_overlap: PositiveShare  # leaked: a val document with at least this share of its sequences in train
     max_leaked_share: Share  # share of leaked val documents; a greater share stops the pipeline
-    max_repeated_share: Share  # share of documents with a duplicate; a greater share stops the pipeline
-    max_listed: NonNegativeInt  # duplicates in train that the report lists
+    max_repeated_share: Share  # share of documents with a near duplicate; a greater share stops the pipeline
+    max_listed: NonNegativeInt  # maximum number of pairs of similar train documents in the report
 
     def _mistakes(self) -> Iterator[str]:
         if self.permutations % self.bands:
@@ -196,7 +199,7 @@ class Launcher(Section):
     """How many processes train one model, and how they divide the work."""
 
     processes: PositiveInt = 1
-    mode: Literal["fast", "fsdp"] = "fast"  # fast: data parallel; fsdp: sharded weights
+    mode: Literal["fast", "fsdp"] = "fast"  # fast: data parallel; fsdp: weights sharded over processes
     max_restarts: NonNegativeInt = 3  # restarts after a process has died
     timeout_seconds: PositiveInt = 600  # how long a process waits for the others
 
@@ -208,29 +211,29 @@ class Training(Section):
     dtype: Literal["float32", "tfloat32", "bfloat16"] = "float32"  # of matrix products; weights are float32
     compile: bool = False  # whether torch.compile compiles the model
     max_steps: PositiveInt
-    tokens_per_step: PositiveInt  # of all micro-batches and processes together
-    micro_batch_size: PositiveInt  # sequences in one forward pass
+    tokens_per_step: PositiveInt  # tokens of one step, in all micro-batches and processes together
+    micro_batch_size: PositiveInt  # sequences of block_size tokens in one forward pass
     optimizer: Literal["adamw", "muon"]  # muon trains only hidden matrices, AdamW the rest
     learning_rate: PositiveFloat  # of AdamW
     embedding_learning_rate: PositiveFloat  # of token embeddings
     muon_learning_rate: PositiveFloat  # of Muon, for the hidden matrices
     min_lr_ratio: Share  # the last learning rate divided by the highest
-    schedule: Literal["cosine", "linear", "wsd", "constant"]  # of the learning rates after the warm-up
+    schedule: Literal["cosine", "linear", "wsd", "constant"]  # how learning rates change after the warm-up
     warmup_steps: NonNegativeInt
-    decay_share: Share  # share of max_steps in which schedule wsd decays
+    decay_share: Share  # with schedule wsd: the last share of max_steps, in which learning rates fall
     weight_decay: NonNegativeFloat
     beta1: ShareBelowOne
     beta2: ShareBelowOne
     grad_clip: NonNegativeFloat  # maximum norm of the gradient; 0: no maximum
     eval_interval: PositiveInt  # steps between two estimates of val's loss
-    eval_windows: PositiveInt  # windows of val in one estimate of val's loss
+    eval_windows: PositiveInt  # number of val sequences, of block_size tokens, that estimate val's loss
     checkpoint_interval: PositiveInt  # steps between two checkpoints
-    head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or a sample of it
-    sample_tokens: PositiveInt = 4096  # expected number of sampled vocabulary entries
-    sample_power: Share = 0.75  # sampling weight of a token: its count to this power
-    init_unigram: NonNegativeFloat = 0.0  # above 0: the first logits are log token frequencies
-    init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoidal first position embeddings; 0: random
-    position_learning_rate: PositiveFloat | None = None  # None: the same as embedding_learning_rate
+    head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or over a sample of it
+    sample_tokens: PositiveInt = 4096  # with head sampled: expected size of a step's vocabulary sample
+    sample_power: Share = 0.75  # a token's sampling weight is its count in train to this power
+    init_unigram: NonNegativeFloat = 0.0  # above 0: before step 1, logits are near log token frequencies
+    init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoidal initial position embeddings; 0: random
+    position_learning_rate: PositiveFloat | None = None  # None: embedding_learning_rate is used
     launcher: Launcher = Launcher()
 
     def _mistakes(self) -> Iterator[str]:
@@ -239,17 +242,17 @@ class Training(Section):
         if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
             yield f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}"
         if (self.init_from == SCRATCH) != (not self.init_sha256):
-            rule = f"empty for {SCRATCH}, else the model's hash (with 64 zeros, the stage training prints it)"
+            rule = f"empty for {SCRATCH}, else the folder's hash (write 64 zeros: stage training prints it)"
             yield f"init_from is {self.init_from}: init_sha256 ({self.init_sha256 or 'empty'}) must be {rule}"
 
 
 class Likelihood(Section):
-    document_tokens: PositiveInt | None = None  # scored tokens at each document's start; None: all
-    window: PositiveInt  # length of each window in tokens, the same for every model
-    views: tuple[View, ...] = ()  # additional ways to score the neural models
+    document_tokens: PositiveInt | None = None  # tokens scored from each document's start; None: all
+    window: PositiveInt  # number of GPT-2 tokens in a window; all neural models get the same windows of text
+    views: tuple[View, ...] = ()  # other kinds of windows in which neural models are also scored
     batch_size: PositiveInt  # windows in one forward pass
-    own_context: PositiveInt  # in the views, a window has the model's context, but at most this many tokens
-    stride_share: PositiveShare  # step of the strided view, as a share of its context
+    own_context: PositiveInt  # tokens in a window of `views`, if the model's context is not shorter
+    stride_share: PositiveShare  # with view strided: step between windows, divided by their length
 
 
 class Source(Section):
@@ -268,13 +271,13 @@ class Source(Section):
 
 
 class Tasks(Section):
-    """The tasks of every neural model: to predict last words (cloze, LAMBADA), and WikiText."""
+    """The tasks of every neural model: predict last words (cloze, LAMBADA), and score WikiText's text."""
 
-    cloze_items: NonNegativeInt  # passages of val whose last word each model predicts
+    cloze_items: NonNegativeInt  # maximum number of val passages whose last word a model predicts
     cloze_characters: PositiveInt  # approximate length of the text before the predicted word
     lambada: Source | None = None
     lambada_original: Source | None = None
-    wikitext: dict[Name, Source]  # name -> test split
+    wikitext: dict[Name, Source]  # name in the report -> text of a test split
     wikitext_context: PositiveInt
     wikitext_stride: PositiveInt
 
@@ -282,12 +285,12 @@ class Tasks(Section):
 class Text(Section):
     prompts: tuple[str, ...]
     documents: Annotated[int, Field(ge=2)]  # number of val documents whose first tokens are prompts
-    prompt_tokens: PositiveInt  # number of first tokens in each of these prompts
+    prompt_tokens: PositiveInt  # number of tokens in each prompt from a val document
     max_new_tokens: Annotated[int, Field(ge=5)]
     temperature: PositiveFloat  # of top-k sampling
     top_k: PositiveInt
     top_p: PositiveShare  # of nucleus sampling
-    batch_size: PositiveInt  # texts that are generated at once
+    batch_size: PositiveInt  # number of texts that are generated at once
     seed: Seed
 
 
@@ -327,7 +330,7 @@ class Ngram(_Labelled):
 
 
 class Gguf(_Labelled):
-    """A GGUF file inside a wheel of the package index."""
+    """A language model in a GGUF file, which a wheel of the package index contains."""
 
     kind: Literal["gguf"]
     wheel: Wheel
@@ -336,7 +339,7 @@ class Gguf(_Labelled):
 
 
 class Folder(_Labelled):
-    """A causal language model in Hugging Face's format in a local folder, with safetensors weights."""
+    """A causal language model in a local folder, in Hugging Face's format with safetensors weights."""
 
     kind: Literal["folder"]
     path: UserPath
@@ -366,14 +369,14 @@ class Baseline(Section):
 
 
 class ExpectedLoss(Section):
-    """A predicted loss in nats per token, with two intervals."""
+    """A predicted loss in nats per token, with its 80 % and 95 % intervals."""
 
     value: Loss
     low_80: Loss
     high_80: Loss
     low_95: Loss
     high_95: Loss
-    basis: str  # how the prediction was made
+    basis: str  # how `value` was predicted
 
 
 class NoteRun(Model):
@@ -385,13 +388,13 @@ class NoteRun(Model):
 
 
 class Machine(Section):
-    peak_teraflops: PositiveFloat  # 10^12 FLOPs per second
-    utilisation: PositiveShare  # share of the peak that training reaches
+    peak_teraflops: PositiveFloat  # highest speed of the device, in 10^12 FLOPs per second
+    utilisation: PositiveShare  # share of peak_teraflops that training reaches
     source: str
 
 
 class Run(Section):
-    """The size and the budget of a training run."""
+    """The model size and the number of training tokens of a training run."""
 
     num_params: PositiveInt  # number of parameters without position embeddings
     num_params_non_embedding: PositiveInt
@@ -400,7 +403,7 @@ class Run(Section):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that the run trains on; a repeated token counts each time."""
+        """Number of tokens in all steps; a token that is trained on twice counts twice."""
         return self.max_steps * self.tokens_per_step
 
     @property
@@ -423,23 +426,23 @@ class Anchor(Run):
 class Estimate(Section):
     note: NoteRun
     corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)  # data set -> its number of tokens
-    utilisation_of_products: PositiveShare = 0.6  # share of the matrix product speed that training reaches
+    utilisation_of_products: PositiveShare = 0.6  # training speed divided by the speed of matrix products
     machines: Annotated[dict[Name, Machine], Field(min_length=1)]
     anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]  # reference runs
 
 
 class Comparison(Section):
-    language: Literal["en", "fr"]  # of the Markdown reports and the charts
+    language: Literal["en", "fr"]  # language of the Markdown reports and the plots
 
 
 class Regression(Section):
     """The limits of `compactgpt gate`: how much worse a metric may become."""
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]  # probability that the gate fails by chance
-    fallback_noise: NonNegativeFloat  # standard deviation of the loss between seeds, if not measured
-    max_documents: PositiveInt  # maximum number of val documents in a reference of the gate
-    max_baseline_change: NonNegativeFloat  # of a baseline's loss since the reference, in nats per token
-    min_throughput_ratio: PositiveFloat  # our training speed divided by nanoGPT's
+    fallback_noise: NonNegativeFloat  # standard deviation of the loss between seeds; used if not measured
+    max_documents: PositiveInt  # maximum number of val documents that a reference of the gate stores
+    max_baseline_change: NonNegativeFloat  # maximum change of a baseline's loss since the reference, in nats
+    min_throughput_ratio: PositiveFloat  # minimum of our training speed divided by nanoGPT's
     tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]  # allowed worsening
 
 
@@ -464,20 +467,26 @@ class Params(Section):
             factors = "training.micro_batch_size x model.block_size x training.launcher.processes"
             yield f"training.tokens_per_step ({step}) must be a multiple of {factors} ({unit})"
         if found := re.search(r'"([^"]*\$\{[^"]*)"', self.model_dump_json()):
-            yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`: write `$ {{`"
+            yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`, so write `$ {{`"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
-                rule = "must begin with corpus/, which DVC tracks: `dvc add PATH -o corpus/NAME` copies it"
+                rule = "must begin with corpus/, which DVC tracks: `dvc add PATH -o corpus/NAME` copies PATH"
                 yield f"download.files.patterns: found {pattern}, which {rule}"
         if (window := self.evaluation.likelihood.window) > longest:
             yield f"evaluation.likelihood.window ({window}) must be at most model.block_size ({longest})"
 
 
 def load_params(path: Path) -> Params:
-    """Return the checked parameters of params.yaml; raises MissingInput or BadConfig."""
+    """Return the checked parameters of params.yaml.
+
+    Raises MissingInput if the file is missing, BadConfig if it is not valid.
+    """
     return load_section(path, Params)
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
-    """Return parsed YAML as checked parameters; raises BadConfig, whose message names `source`."""
+    """Return parsed YAML as checked parameters.
+
+    Raises BadConfig if a parameter is not valid. `source` is the file name in the error message.
+    """
     return check_section(tree, Params, source)
