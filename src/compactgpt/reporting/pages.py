@@ -44,7 +44,7 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
     Markdown and plots are in `language`. The HTML page opens in `language` and has both languages.
     """
     content = json_bytes(record)
-    record = json.loads(content)  # sort keys, as in the file on disk
+    record = json.loads(content)  # with sorted keys, as in reports/evidence.json
     return {
         RECORD: content,
         "comparison.md": render_comparison(record, language).encode(),
@@ -111,9 +111,9 @@ def render_quoted_tables(record: Record) -> dict[str, str]:
 
 
 def replace_tables(page: str, tables: Mapping[str, str]) -> str:
-    """Replace the tables of a Markdown page by those with the same name in `tables`.
+    """Return a Markdown page in which the tables named in `tables` are replaced.
 
-    A table of the page that `tables` lacks does not change.
+    `tables`: name -> Markdown of the new table. Tables with other names do not change.
     """
 
     def replace(found: re.Match[str]) -> str:
@@ -131,7 +131,7 @@ def render_model_card(record: Record) -> str:
 
     view, data = View(record), record["data"]
     corpus = printable(view.corpus)
-    # The card omits a perplexity that is too large for a float: reports/evidence.json does not contain it.
+    # A perplexity that is too large for a float is not in reports/evidence.json, so the card omits it.
     metrics = [
         {"type": metric, "name": name, "value": view.evidence[f"{COMPACT}.{metric}"]["value"]}
         for metric, name in CARD_METRICS.items()
@@ -145,7 +145,7 @@ def render_model_card(record: Record) -> str:
     task = {"type": "text-generation", "name": "Language modeling"}
     results = [{"task": task, "dataset": dataset, "metrics": metrics}]
     metadata: dict[str, Any] = {"tags": ["gpt2", "compactgpt", "from-scratch"]}
-    if data["corpus"] == "hub":  # source names of hub data have the form `owner/name/split`
+    if data["corpus"] == "hub":  # names of hub sources are owner/name/split: keep owner/name
         metadata["datasets"] = sorted({printable(one["name"].rpartition("/")[0]) for one in data["sources"]})
     metadata["model-index"] = [{"name": "compactgpt", "results": results}]
     as_json = {key: Markup(json_bytes(value).decode().strip()) for key, value in metadata.items()}  # noqa: S704
@@ -154,7 +154,10 @@ def render_model_card(record: Record) -> str:
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Return (text of the card, ""), or ("", error) if the card is missing or describes other weights."""
+    """Return (text of the model card, ""), or ("", error message).
+
+    It is an error if the card is missing, or describes other weights than those in the folder `model`.
+    """
     if not card.is_file():
         return "", f"{card} is missing: run `dvc repro comparison` to create it"
     text = card.read_text(encoding="utf-8")

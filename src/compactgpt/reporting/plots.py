@@ -14,7 +14,7 @@ from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.tables import Item, Record, View, localized, show
 from compactgpt.reporting.templating import TEMPLATES, Language
 
-# Name of a CSS variable of the HTML page -> its colour in PNG. SVG uses the variable.
+# CSS variable of the HTML page -> colour in PNG. `draw_svg` replaces the colours by the variables.
 COLOURS = {
     "ink": "#1b1b1a",
     "muted": "#6b6963",
@@ -26,13 +26,13 @@ COLOURS = {
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # maximum number of characters in a line of a label
-WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot without rows
+WIDTH, HEIGHT = 5.6, 3.3  # inches; `_name_rows` sets another height
 LINE_HEIGHT = 0.24  # inches: height of one text line
 Axes = Any
 
 
 def _loss(view: View, axes: Axes) -> None:
-    """Draw the loss curves, the intervals of the expected loss, and the final loss."""
+    """Draw the train and val loss curves, the intervals of the expected val loss, and the final val loss."""
     curve = view.record["curve"]
     last = curve[-1]["step"]
     for share, alpha in (("95", 0.55), ("80", 1.0)):
@@ -45,7 +45,7 @@ def _loss(view: View, axes: Axes) -> None:
         label = view.words[f"{key}_curve"]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label)
     final = view.evidence["compact.loss"]
-    # With few documents, the interval may not contain the value. Clip at 0: an error bar is never negative.
+    # Clip at 0, since an error bar can't be negative: with few documents, the interval may exclude the value.
     errors = [[max(0.0, final["value"] - final["low"])], [max(0.0, final["high"] - final["value"])]]
     axes.errorbar([last * 1.03], [final["value"]], errors, fmt="o", color=DEMO, capsize=0, markersize=5)
     label = show(final["value"], final["unit"], view.language)
@@ -61,7 +61,7 @@ def _draw_rows(
 ) -> None:
     """Draw each value as a row: a dot, the interval, and the formatted value.
 
-    The rows with the numbers `highlighted` have the compact model's colour.
+    Rows whose number is in `highlighted` have the compact model's colour.
     """
     for row, item in enumerate(items):
         colour = DEMO if row in highlighted else INK
@@ -87,7 +87,7 @@ def _name_rows(axes: Axes, names: Sequence[str], limits: tuple[float, float]) ->
 
 
 def _shorten(name: str) -> str:
-    """Return the name. A name longer than LONGEST_LABEL characters is cut and ends with `…`."""
+    """Return the name, or if it is longer than LONGEST_LABEL characters, its beginning and `…`."""
     name = printable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
@@ -137,7 +137,7 @@ def _format_ticks(view: View, axis: Any) -> None:
 
 
 def _positions(view: View, axes: Axes) -> None:
-    """Draw each model's loss by position in the window, per token of the model's tokenizer."""
+    """Draw how each model's loss, per token of its tokenizer, depends on the position in the window."""
     for name, rows in view.record["positions"].items():
         colour, width = (DEMO, 2.2) if name == COMPACT else (INK, 1.4)
         positions = [row["last"] for row in rows]
@@ -215,24 +215,24 @@ PLOTS: dict[str, Callable[[View, Axes], None]] = {
 
 
 def draw_png(record: Record, name: str, language: Language = "en") -> bytes:
-    """Draw one plot, a key of PLOTS, as PNG, without matplotlib's version in the metadata."""
+    """Draw the plot `name`, a key of PLOTS, as PNG. The metadata does not contain matplotlib's version."""
     return _draw(record, name, language, "png", metadata={"Software": None}, dpi=130)
 
 
 def draw_svg(record: Record, name: str, language: Language, label: str) -> str:
-    """Draw one plot, a key of PLOTS, as an <svg> element.
+    """Draw the plot `name`, a key of PLOTS, as an <svg> element.
 
-    Screen readers say the text `label`.
+    Screen readers read out the text `label`.
     """
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = _draw(record, name, language, "svg", metadata=nothing).decode()
     body = text[text.index("<svg") :].strip()
     for variable, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{variable})")
-    prefix = f"{language}-{name}-"  # ids must be unique in the page, which has many plots
+    prefix = f"{language}-{name}-"  # makes ids unique in the HTML page, which has many plots
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", body)
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # <style> would change the whole page
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # CSS rules would apply to the whole page
     body = re.sub(r" font-family: [^;\"]*;", "", body)
     box = re.search(r'viewBox="[^"]*"', body)
     opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(label)}" stroke-linejoin="round">'
@@ -245,7 +245,7 @@ def _draw(record: Record, name: str, language: Language, form: str, **options: A
 
     buffer = io.BytesIO()
     salt = {"svg.hashsalt": f"{name}-{language}"}
-    style = matplotlib.rc_params_from_file(TEMPLATES / "plots.mplstyle")  # includes all defaults
+    style = matplotlib.rc_params_from_file(TEMPLATES / "plots.mplstyle")  # plus matplotlib's defaults
     with matplotlib.rc_context({**style, **salt}):
         figure = make_figure(View(record, language), name)
         FigureCanvasAgg(figure)

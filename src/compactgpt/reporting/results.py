@@ -20,7 +20,7 @@ from compactgpt.forecast.model_size import count_parameters
 from compactgpt.forecast.sweep import documents_sha256
 from compactgpt.reporting.claims import COMPACT
 
-# Names of sweeps. Their files in results/ have the format of `compactgpt.forecast.sweep.Sweep`.
+# Names of sweeps, series of training runs. `read_results` skips their files, whose format is `Sweep`.
 SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
 # Id of a perplexity ratio -> (experiment of the numerator, experiment of the denominator).
 PAIRS = {
@@ -28,7 +28,7 @@ PAIRS = {
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# Prefixes of parameters that `record_result` does not compare with the experiment.
+# Prefixes of parameters in which `record_result` lets params.yaml differ from the experiment.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
@@ -62,9 +62,9 @@ class Result(Section):
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
-    """Read the results of all experiments in a folder, without sweeps, sorted by name.
+    """Read the results of all experiments from `folder`, sorted by name. Sweeps are left out.
 
-    Raises BadConfig if a file is not valid.
+    Raises BadConfig if a file of results is not valid.
     """
     paths = sorted(path for path in folder.glob("*.json") if path.stem not in SWEEPS)
     return tuple(load_section(path, Result) for path in paths)
@@ -73,7 +73,8 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
     """Write the measured values in reports/ to results/<name>.json and return the path.
 
-    Raises BadConfig if params.yaml or reports/ are not the experiment's, MissingInput without a report.
+    Raises BadConfig if the experiment is a sweep, or if params.yaml or reports/ are not the experiment's.
+    Raises MissingInput if params.yaml or a result of the pipeline is missing.
     """
     if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
@@ -105,15 +106,15 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 
 
 def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
-    """Return `Documents` with losses rounded to 6 decimals."""
+    """Return the ids, losses and numbers of tokens as `Documents`, with losses rounded to 6 decimals."""
     rounded = tuple(round(n, 6) for n in nats)
     return Documents(ids_sha256=documents_sha256(ids, tokens), nats=rounded, tokens=tuple(tokens))
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Return the result of the experiment `name`: the measured values of `record`, reports/evidence.json.
+    """Return the result of the experiment `name`, whose values are the measured values in `record`.
 
-    The ids of the values contain the experiment's name.
+    `record` is the content of reports/evidence.json. The ids in the result contain the experiment's name.
     """
     by_id = {item["id"]: item for item in record["evidence"]}
     baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
@@ -129,7 +130,7 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
 
 
 def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of a value, with the experiment's `name` in the fields id, report and source."""
+    """Return a copy of `item`, in which the fields id, report and source contain the experiment's name."""
     first, _, rest = item["id"].partition(".")
     renamed = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
     if first == COMPACT:
@@ -137,7 +138,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
     elif first == "ratio":
         renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
     else:
-        # Take the longest matching name: `a.b.loss` is of the baseline `a.b`, even if there is also an `a`.
+        # Take the longest matching name: `a.b.loss` belongs to the baseline `a.b`, not to a baseline `a`.
         owner = max((other for other in baselines if item["id"].startswith(f"{other}.")), key=len)
         renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"
     return {**item, **renamed}
@@ -169,7 +170,7 @@ def _derive(
 
 
 def compare_results(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """Yield the perplexity ratio of each pair in PAIRS, if both experiments have the same val documents."""
+    """Yield the perplexity ratio of each pair in PAIRS whose experiments scored the same val documents."""
     by_name = {result.experiment: result for result in results}
     for value_id, (ours, theirs) in PAIRS.items():
         one, other = by_name.get(ours), by_name.get(theirs)

@@ -19,7 +19,7 @@ from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_
 from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
-# Text metric -> function that computes the metric of a sample, or None if the text is too short.
+# Text metric -> function of a generated sample. The function returns None if the text is too short.
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
     "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
@@ -28,9 +28,10 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def find_directions(root: Path) -> list[dict[str, Any]]:
-    """Return a dict for each comparison of training runs or texts, and each claim that it tests.
+    """Return a dict for each claim that a comparison of training runs, or of generated texts, tests.
 
-    The key `outcome` is `same way` (as the claim says), `other way` or `no effect found`.
+    The key `outcome` is `same way` (the direction that the claim says), `other way` or `no effect found`.
+    Returns [] if the sweep small-scale or seeds is missing, or if they differ in settings or val documents.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -67,8 +68,8 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 def seed_margin(losses: Any, our_runs: int, their_runs: int) -> float:
     """Return half the width of the 95 % interval of a difference between two mean losses.
 
-    The means are over `our_runs` and `their_runs` training runs. `losses`, (runs,), are of training runs
-    that differ only in their seed.
+    One mean is over `our_runs` training runs, the other over `their_runs`. `losses`, (runs,), shows how much
+    the loss varies: one loss per training run, with runs that differ only in their seed.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / our_runs + 1 / their_runs)
@@ -86,7 +87,10 @@ def widen(interval: Interval, margin: float) -> Interval:
 
 
 def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
-    """Return pairs of greedy samples: (compact model's, baseline's) for the beginning of one val document."""
+    """Return pairs of greedily generated samples: (compact model's, baseline's).
+
+    Both samples of a pair continue the beginning of the same val document.
+    """
     paths = (reports / "samples.json", reports / "baseline" / f"{baseline}.json")
     if not all(path.exists() for path in paths):
         return []
@@ -102,8 +106,9 @@ def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
 def text_difference(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
 ) -> Interval | None:
-    """Return the mean of the metric `figure` of the first text minus the second, with a 95 % t-interval.
+    """Return the mean difference of a text metric, with a 95 % t-interval.
 
+    A pair's difference is its first text's metric minus its second's. `figure` is the name of the metric.
     Returns None if the metric is defined for fewer than two pairs.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
@@ -121,7 +126,10 @@ def _numbered_words(text: str) -> list[int]:
 
 
 def _outcomes(expected: Expected, interval: Interval, runs: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Yield one dict per claim: whether `interval` shows the direction that the claim says."""
+    """Yield one dict per claim: whether `interval` shows the direction that the claim says.
+
+    `runs` are the numbers of training runs in the two groups that are compared.
+    """
     is_ratio = isinstance(expected, Comparison)
     neutral = 1 if is_ratio else 0
     outcome = "no effect found"

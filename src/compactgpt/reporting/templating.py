@@ -1,6 +1,6 @@
 """Messages of the reports in English and French, and Jinja2 environments for HTML and Markdown.
 
-Templates print values escaped, but keep the Markdown marks of messages.
+Templates escape values, but not the Markdown marks in messages.
 """
 
 import re
@@ -31,7 +31,10 @@ def load_messages(language: Language) -> Mapping[str, Mapping[str, str]]:
 
 
 def translate(language: Language, section: str, text: str) -> str:
-    """Translate an English text of reports/evidence.json. Without a translation, return `text`."""
+    """Translate an English text of reports/evidence.json, with the messages of one section.
+
+    Returns `text` if the section has no translation of the text.
+    """
     for english, translation in load_messages(language).get(section, {}).items():
         # A placeholder `{name}` in the English text matches any text.
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(english))

@@ -1,6 +1,6 @@
 """Check that the project's files match dvc.lock: `compactgpt verify`.
 
-Estimate, scores and rendered files are computed again and compared.
+The command also computes the estimate, scores and rendered reports again and compares them with the files.
 """
 
 import json
@@ -39,7 +39,7 @@ _FROM_DVC = ("data/", "models/")  # folders that `dvc pull` downloads, because g
 
 @dataclass
 class Verification:
-    """The results of all checks."""
+    """What the checks found: differences, missing files, and the number of comparisons."""
 
     differences: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Verification:
         self.checked[what] = self.checked.get(what, 0) + number
 
     def add_differences(self, path: str, lines: Iterable[str]) -> None:
-        """Add the first `_SHOWN` differences of the file `path`, and the number of further differences."""
+        """Add at most `_SHOWN` of the differences `lines` of the file `path`, and the number of others."""
         found = list(lines)
         self.differences += [f"{path}: {line}" for line in found[:_SHOWN]]
         if len(found) > _SHOWN:
@@ -66,7 +66,7 @@ class Verification:
 
 
 def verify(root: Path) -> Verification:
-    """Run all checks on the project in a folder.
+    """Run all checks on the project in the folder `root`.
 
     Raises UserError if params.yaml can't be read.
     """
@@ -81,7 +81,7 @@ def verify(root: Path) -> Verification:
 def run_check(
     check: Callable[[Path, Params, Verification], None], root: Path, params: Params, found: Verification
 ) -> None:
-    """Run one check, which adds differences to `found`. Count an unreadable file as a difference."""
+    """Run one check, which adds its results to `found`. An unreadable file counts as a difference."""
     try:
         check(root, params, found)
     except UserError as error:
@@ -91,7 +91,7 @@ def run_check(
 
 
 def check_lock(root: Path, _params: Params, found: Verification) -> None:
-    """Compare dvc.lock with dvc.yaml, params.yaml and all files.
+    """Compare the commands, parameters and file hashes in dvc.lock with dvc.yaml, params.yaml and the files.
 
     Unlike `dvc status`, read each file again, even if its time and size did not change.
     """
@@ -121,7 +121,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_params(root: Path, _params: Params, found: Verification) -> None:
-    """Check that `params_sha256` in each report is the hash of the stage's parameters in dvc.lock."""
+    """Check that `params_sha256` in each report is the hash of its stage's parameters in dvc.lock."""
     for stage, entry in read_entries(Folder(root)).items():
         for path in outs(entry):
             if not path.startswith("reports/") or not path.endswith(".json") or not (root / path).exists():
@@ -172,7 +172,7 @@ def check_numbers(root: Path, params: Params, found: Verification) -> None:
 def check_renderings(root: Path, params: Params, found: Verification) -> None:
     """Build reports/evidence.json again, render all files from it, and compare them with reports/.
 
-    If its inputs are not downloaded, evidence.json is not checked, and the files are rendered from it.
+    If inputs of evidence.json are missing, evidence.json is not checked, but the other files are.
     """
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
@@ -180,7 +180,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
         sources = read_sources(root, reports, root / "data", root / "models", params)
         record = json.loads(json_bytes(build_record(sources)))
     else:
-        found.unchecked.append(f"the inputs of reports/{RECORD} (the files rendered from it are checked)")
+        found.unchecked.append(f"the inputs of reports/{RECORD} (files rendered from {RECORD} are checked)")
         record = read_json(reports / RECORD)
     for name, expected in render_files(record, params.comparison.language).items():
         path = reports / name
@@ -192,9 +192,9 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
 
 
 def differences(expected: Any, found: Any, *, partial: bool = False) -> Iterator[str]:
-    """Yield a message for each value that differs between two JSON documents.
+    """Yield a message for each value that differs between two JSON documents, `expected` and `found`.
 
-    If `partial` is true, values that are missing in `expected` are ignored.
+    If `partial` is true, ignore values that are missing in `expected`.
     """
     want, have = _values_by_path(expected), _values_by_path(found)
     for path in want if partial else sorted({*want, *have}):
@@ -216,9 +216,9 @@ def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
-    """Return a message: the file is missing, or the number of the first line that differs."""
+    """Return a message: the file is missing, or which line of `found` is the first that differs."""
     if not found:
         return "is missing: run `dvc repro`"
     pairs = enumerate(zip_longest(expected.splitlines(), found.splitlines()), 1)
     number = next((n for n, (one, other) in pairs if one != other), 1)  # 1 if only line endings differ
-    return f"line {number} differs from the file rendered again: run `dvc repro`"
+    return f"line {number} differs from a new rendering of this file: run `dvc repro`"
