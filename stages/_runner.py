@@ -71,7 +71,7 @@ class Stage:
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write a report with the hash of the stage's parameters, and log it."""
+        """Write a report with the hash of the stage's parameters. Log report and metrics in MLflow."""
         made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
         if metrics := journal.stage_metrics(self.name, value):
@@ -79,7 +79,7 @@ class Stage:
         self.tracker.artifact(path, "reports")
 
     def data_docs(self, folder: Path) -> None:
-        """Log a folder of HTML pages of Great Expectations, and print its path."""
+        """Log a folder of Data Docs (HTML pages of GX) in MLflow, and print the path of index.html."""
         self.tracker.artifact(folder, "data_docs")
         self.print_message(f"Data Docs: {folder / 'index.html'}")
 
@@ -223,7 +223,7 @@ def _stoppable() -> Iterator[None]:
 
 def _die_with_parent() -> None:
     """On Linux, end this process when its parent process (`dvc` or torchrun) ends."""
-    # Otherwise a training whose `dvc` was killed could still run during the next `dvc repro`.
+    # A training whose `dvc` was killed must not run during the next `dvc repro`.
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG: Linux sends a signal when the parent process ends
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Run `compactgpt gate`, which compares the model with the accepted one.
+"""Run `compactgpt gate`, which compares the metrics of the model with accepted metrics.
 
 The gate is no DVC stage: each `dvc repro` would run a failed stage again.
 """

@@ -107,7 +107,7 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # Skip what is not a key: pydantic adds the kind of a baseline, such as `unigram`, to the path.
+            # Skip `part` if it is no key: pydantic adds a baseline's kind, such as `unigram`, to the path.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))

@@ -40,7 +40,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _NEIGHBOURS = 8  # `_candidates` pairs a document with at most this many later documents of equal key
-# `digest_documents` stores at most about this many train documents for each run of words.
+# `digest_documents` stores about this many train documents per run of words, and leaves out later ones.
 _OWNERS_PER_RUN = 10
 
 

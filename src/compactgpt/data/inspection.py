@@ -80,8 +80,8 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     row = {"documents": documents, **_count_tokens(split)}
     row["documents_that_differ"] = _count_differences(split, corpus.documents[of_split])
     least = params.min_val_documents if name == "val" else 1
-    more = "add text, raise tokenization.val_fraction, or lower inspection.min_val_documents, "
-    more += "which widens the confidence intervals"
+    more = "add text, raise tokenization.val_fraction, or lower inspection.min_val_documents (fewer val "
+    more += "documents widen the confidence intervals)"
     again, highest = "run `dvc repro -f tokenization`", split.header.vocab_size - 1
     suite = [
         bound("documents", f"{name}: documents", more, least=least),

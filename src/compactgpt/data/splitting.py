@@ -14,7 +14,7 @@ from compactgpt.config import Files
 
 # With `split: auto`, a document without blank lines ends after this multiple of `split_characters`.
 _LARGE = 10
-# Value of `download.files.split` -> its name in messages, if the name differs.
+# A value of `download.files.split` -> what messages say instead of the value.
 _MESSAGE_NAMES = {"blank-lines": "blank lines", "heading": "headings"}
 
 

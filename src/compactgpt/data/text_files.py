@@ -43,7 +43,7 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
     _log_unread_files(root, {name for _, name in names}, log)
 
     def read(position: Any) -> Iterator[Text]:
-        first, done = position or (0, 0)  # index of the first file to read, number of its texts to skip
+        first, done = position or (0, 0)  # index of the first file to read, number of texts to skip in it
         for number, (part, name) in enumerate(names[first:], first):
             for index, (text, source, _) in enumerate(read_file(root, name, params), 1):
                 if number > first or index > done:

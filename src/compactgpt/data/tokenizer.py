@@ -94,9 +94,9 @@ def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """Return the byte of each character in GPT-2's published files, in the order of token ids.
+    """Return a map from each character in GPT-2's published files to its byte.
 
-    The inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
+    The bytes are in the order of their token ids. Inverse of bytes_to_unicode, openai/gpt-2, src/encoder.py.
     """
     # GPT-2's files write a byte that is not printable, or is a space, as a character from U+0100 on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
@@ -139,7 +139,7 @@ class GigatokenEncoder:
         self._load_gigatoken()
 
     def _load_gigatoken(self) -> None:
-        """Load gigatoken; a newly loaded encoder has no words in memory."""
+        """Load gigatoken without any words in its memory."""
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:

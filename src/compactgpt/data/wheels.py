@@ -53,7 +53,7 @@ def _download(wheel: str, folder: Path) -> Path:
 def read_member(archive: Path, wheel: str, member: str) -> bytes:
     """Return the content of the file `member` of a wheel.
 
-    Raises BadData if the wheel is damaged or lacks the file. Messages name `wheel`.
+    Raises BadData if the wheel is damaged or lacks the file. `wheel` is the wheel's name in messages.
     """
     try:
         with zipfile.ZipFile(archive) as files:
