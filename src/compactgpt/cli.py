@@ -14,7 +14,7 @@ class Commands(TyperGroup):
     """A group of commands that prints a `UserError` as one sentence."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the user's command; exit after a `UserError`, with its message."""
+        """Run the user's command. After a `UserError`, print the error's message and exit."""
         with handle_user_errors():
             return super().invoke(ctx)
 

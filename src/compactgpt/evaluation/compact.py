@@ -1,6 +1,6 @@
 """Convert our GPT to a `NeuralModel`, which evaluation can score.
 
-Shapes: B texts, T new tokens, S tokens so far, C channels, nh heads of hs channels.
+Shapes: B texts, T new tokens, S tokens read so far, C channels, nh heads of hs channels.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | N
 class CachedReader:
     """Run our GPT step by step with a cache of keys and values.
 
-    Short texts have padding on the left, which their tokens do not attend to.
+    Short texts have padding on the left. No token of a text attends to the padding.
     """
 
     def __init__(self, model: GPT, padding: Tensor) -> None:

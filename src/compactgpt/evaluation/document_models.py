@@ -113,15 +113,15 @@ class _Order:
     # The context of an n-gram is the n-gram without its last token.
     keys: Ids  # (K,), in ascending order
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
-    backoff: Floats  # (contexts,), a context's summed discounts / its total count; 1 if the count is 0
+    backoff: Floats  # (contexts,), sum of a context's discounts / its total count; 1 if that count is 0
 
 
 @dataclass(frozen=True)
 class NgramModel:
     """An n-gram model with interpolated modified Kneser-Ney smoothing.
 
-    p(w | c) = weight(c w) + backoff(c) p(w | c'), and c' is the context c without its first token.
-    For an empty context, p(w | c') is 1 / V.
+    The probability of the token w after the tokens c is p(w | c) = weight(c w) + backoff(c) p(w | c').
+    c' is c without its first token. If c is empty, p(w | c') is 1 / V, and V is the vocabulary size.
     """
 
     unigrams: Floats  # (V,), the probability of each token without context
@@ -168,7 +168,7 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     # A suffix is the n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
-        # An n-gram may begin with the end-of-text before its document, but has no token of another document.
+        # An n-gram's tokens are from one document. The first may be the end-of-text before this document.
         ends = np.flatnonzero(positions >= length - 1) + 1
         if not len(ends):  # no document is long enough for an n-gram of this length
             break

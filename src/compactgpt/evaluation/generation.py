@@ -36,7 +36,7 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
     They are softmax(logits / temperature) over the `top_k` largest logits, and 0 elsewhere.
     """
     bound = np.partition(logits, -top_k)[-top_k] if top_k < len(logits) else -np.inf
-    kept = np.flatnonzero(logits >= bound)  # more than top_k tokens if logits are equal
+    kept = np.flatnonzero(logits >= bound)  # more than top_k tokens if several logits equal `bound`
     kept = kept[np.argsort(-logits[kept], kind="stable")][:top_k]
     weights = np.exp((logits[kept] - logits[kept[0]]) / temperature)
     probabilities = np.zeros_like(logits)
@@ -47,11 +47,11 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
     """Return the probabilities of nucleus sampling (Holtzman et al. 2020), (V,).
 
-    They are 0 outside of the nucleus: the smallest set of tokens that sums to at least `top_p`.
+    They are 0 outside of the nucleus: the fewest tokens whose probabilities sum to at least `top_p`.
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
-    # Sorting the complete vocabulary is slow: unlikely tokens are sorted only if they are needed.
+    # First try the tokens of probability 1e-5 or more, because sorting the complete vocabulary is slow.
     for least in (1e-5, 0.0):
         likely = np.flatnonzero(weights >= least)
         likely = likely[np.argsort(-weights[likely], kind="stable")]
@@ -132,7 +132,7 @@ def generate_tokens(
         ended = [token is None or token == end for token in tokens]
         if all(ended):
             break
-        # A text that has ended gets `end` again, because all rows need the same length.
+        # A text that has ended gets the token `end` at every step, because all rows need the same length.
         unread = [[end if token is None else token] for token in tokens]
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
@@ -140,7 +140,7 @@ def generate_tokens(
 
 
 def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
-    """Return the hidden state of each text's last token, (B, C), computed without a cache."""
+    """Return the hidden state of each text's last token, (B, C), without a key-value cache."""
     import torch
 
     seen = [torch.tensor(text[-model.block_size :]) for text in texts]
@@ -155,8 +155,9 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
 def choose_prompts(
     text: Text, split: TokenFile, encoding: "tiktoken.Encoding"
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Return the prompts, and the tokens of the human text after each prompt from a document.
+    """Return all prompts, and the tokens of the human continuations.
 
+    Only a prompt from a document has a human continuation: the next `max_new_tokens` tokens of the document.
     Raises BadConfig if fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens
@@ -187,7 +188,7 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    The report's statistics compare continuations with human text, both cut at `text.max_new_tokens`.
+    The report's statistics compare continuations with human text, both of at most `max_new_tokens` tokens.
     """
     samples, human = choose_prompts(text, split, encoding)
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]

@@ -48,8 +48,8 @@ class DocumentScores:
     """A model's losses, one per document, in the order of the documents in the split."""
 
     nats: Floats  # (documents,), negative log-likelihood of each document
-    own_tokens: Counts | None  # (documents,), tokens of the model's tokenizer; None without a tokenizer
-    positions: Positions | None = None  # None for a model without windows
+    own_tokens: Counts | None  # (documents,), tokens of the model's tokenizer; None for compressors
+    positions: Positions | None = None  # None for n-gram models and compressors, which have no windows
 
 
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
@@ -100,7 +100,7 @@ class NeuralModel:
     ) -> DocumentScores:
         """Return the per-document losses in windows of the model's own context.
 
-        The windows of the view `strided` overlap, and those of the view `own` do not.
+        `view` is a way to cut documents into windows: those of `strided` overlap, those of `own` do not.
         """
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
@@ -110,7 +110,7 @@ class NeuralModel:
         return self._sum_by_document(split, windows, stride, progress)
 
     def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:
-        """Return the length and the stride of a view's windows, in the model's tokens."""
+        """Return the length and the stride of the windows of `view`, in the model's tokens."""
         context = min(self.block_size, likelihood.own_context)
         return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
 
@@ -162,7 +162,7 @@ LanguageModel = NeuralModel | DocumentModel
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
-    """Yield each of `windows`, in another order, with the nats of its targets, (targets,)."""
+    """Yield each window with the nats of its targets, (targets,). The order of the windows changes."""
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -176,13 +176,13 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each of `windows`, in another order, with the scores of its targets, (targets, ...).
+    """Yield each window with the scores of its targets, (targets, ...). The order of the windows changes.
 
     Raises BadConfig if a window is longer than the model's context.
     """
     remaining = iter(windows)
     while group := list(islice(remaining, SORTED_WINDOWS)):
-        group.sort(key=lambda window: -len(window.tokens))  # `_score_batch` needs the longest first
+        group.sort(key=lambda window: -len(window.tokens))  # `_score_batch` needs the longest window first
         if len(group[0].tokens) > model.block_size:
             raise BadConfig(
                 f"a window of {len(group[0].tokens):,} tokens does not fit the model's context of "
@@ -213,7 +213,7 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(device))  # (B, T, C)
         hidden = hidden[predicting.to(device)]  # (N, C), in the order of the targets
-        # The logits of all targets may not fit in memory: the chunks share one buffer.
+        # Compute logits in chunks that share one buffer, because all logits could exceed the memory.
         logits = hidden.new_empty(min(HEAD_ROWS, len(targets)), len(model.head))
         scores = []
         for start in range(0, len(targets), HEAD_ROWS):
@@ -228,7 +228,7 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
 
 
 def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
-    """Return a token file in memory that has the tokenizer of `split` and other documents.
+    """Return a token file in memory with the tokenizer of `split` and the documents of `rows`.
 
     A row is (document id, length in bytes, tokens).
     """
@@ -297,7 +297,7 @@ def evaluate(
         context, _ = model.view_sizes("own", likelihood)
         is_scored = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
-            if view == "own" and is_scored:  # no second pass: `scores` used this view's windows
+            if view == "own" and is_scored:  # `scores` used the same windows: no second pass
                 views[view] = scores.nats
             else:
                 views[view] = model.score_view(split, view, likelihood, progress).nats

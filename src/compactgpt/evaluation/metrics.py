@@ -55,7 +55,7 @@ def wilson(successes: int, trials: int) -> Interval:
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # Rounding could move a limit to the wrong side of the estimate.
+    # Keep the estimate between the limits: rounding could move a limit past the estimate.
     return Interval(share, min(share, (centre - spread) / scale), max(share, (centre + spread) / scale))
 
 
@@ -78,7 +78,7 @@ def mcnemar(only_one: int, only_other: int) -> float:
 def mcnemar_one_sided(lost: int, won: int) -> float:
     """Return the p-value of McNemar's exact one-sided test (1947). Null hypothesis: no fall in accuracy.
 
-    Only the old model answers `lost` items correctly, and only the new model `won` items.
+    Only one model answers these items correctly: `lost` items the old model, `won` items the new model.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)
@@ -89,7 +89,7 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
 
     For one document, the limits are equal to the ratio.
     """
-    # In the simulation benchmarks/intervals.py, a percentile bootstrap misses the true ratio more often.
+    # A percentile bootstrap misses the true ratio more often than a jackknife (benchmarks/intervals.py).
     n, total, size = len(numerator), numerator.sum(), denominator.sum()
     ratio = float(total / size)
     if n == 1:

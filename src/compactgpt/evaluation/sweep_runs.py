@@ -46,7 +46,7 @@ def run_sweep(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Train and score the runs that the sweep file `path` lacks.
+    """Train and score the runs of the sweep `name` that its file `path` does not have yet.
 
     `settings` are changes of params.yaml, `key=value`. `folder` keeps training states and models.
     Raises Busy if the user stops a run; the next call resumes the run.
@@ -75,9 +75,9 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and finished runs whose weights an unfinished run needs.
+    """Return the unfinished runs, and the finished runs to train a second time.
 
-    A finished run is left out if `folder` has its weights.
+    The second training makes the weights that an unfinished run starts from, and that `folder` lacks.
     """
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}
@@ -98,7 +98,10 @@ class SweepRunner:
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the sweep in `path`, or an empty sweep if the corpus or settings are not the runner's."""
+        """Return the sweep in the file `path`.
+
+        Returns an empty sweep if the file is missing, or if its corpus or settings differ from the runner's.
+        """
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),
@@ -143,7 +146,7 @@ class SweepRunner:
                     f"train_source: no document is from {sweep.train_source!r}: correct the experiment's file"
                 )
             return chosen
-        if sweep.train_documents:  # choose documents evenly over the split
+        if sweep.train_documents:  # documents at equal distances in the split
             return [int(index) for index in np.linspace(0, len(ids) - 1, sweep.train_documents)]
         return []
 

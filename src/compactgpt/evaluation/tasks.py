@@ -104,13 +104,13 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    turns = zip_longest(*candidates)  # turn n has item n of each document, or None
+    turns = zip_longest(*candidates)  # all first items, then all second items, ...; None: no more items
     items = (item for turn in turns for item in turn if item is not None)
     return list(islice(items, settings.cloze_items))
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield a document's possible items in pseudorandom order. No target occurs twice."""
+    """Yield all items of a document in pseudorandom order. Each target occurs in one item only."""
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()
@@ -129,7 +129,7 @@ def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
 def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window:
     """Return an item as a window whose targets are the tokens after the item's context."""
     tokens = codec.encode(item.context + item.target)
-    context = len(codec.encode(item.context))  # the context is encoded alone, as in lm-evaluation-harness
+    context = len(codec.encode(item.context))  # encoded without the target, as in lm-evaluation-harness
     if not context:
         tokens, context = [codec.first_token, *tokens], 1
     targets = len(tokens) - context
@@ -291,7 +291,7 @@ def run_tasks(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report."""
-    tasks = {"cloze": make_cloze(split, encoding, settings)}  # no items if no document repeats a word
+    tasks = {"cloze": make_cloze(split, encoding, settings)}  # an empty list if no document repeats a word
     # `lambada_word` is lambada_openai of lm-evaluation-harness: OpenAI's text of LAMBADA.
     # `lambada_original` has the text of LAMBADA's authors (Paperno et al. 2016).
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
@@ -306,7 +306,7 @@ def run_tasks(
             is_right = np.array([each[:, 1].all() for each in scores])
             report[name] = answer_figures(items, nats, is_right)
             if name == "lambada_word":
-                # As in Radford et al. 2019, section 3.3: check only the last token, without stop words.
+                # As in Radford et al. 2019, section 3.3: score the last token, and predict no stop word.
                 last_nats = np.array([each[-1, 0] for each in scores])
                 is_last_right = np.array([each[-1, 2] > 0 for each in scores])
                 report["lambada_last_token"] = answer_figures(items, last_nats, is_last_right)

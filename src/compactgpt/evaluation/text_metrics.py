@@ -1,6 +1,6 @@
 """Compute statistics of generated text: variety, repetition, loops, token frequencies and length.
 
-The caller cuts all texts at the same number of GPT-2 tokens.
+The caller truncates all texts to the same number of GPT-2 tokens.
 """
 
 import math
@@ -31,13 +31,13 @@ SOURCES = {
 
 
 def distinct_n(texts: Sequence[Tokens], n: int) -> float | None:
-    """Return distinct n-grams / all n-grams of the texts, or None without n-grams."""
+    """Return distinct n-grams / all n-grams of the texts, or None if the texts have no n-grams."""
     found = list(chain.from_iterable(_ngrams(text, n) for text in texts))
     return len(set(found)) / len(found) if found else None
 
 
 def seq_rep_4(texts: Sequence[Tokens]) -> float | None:
-    """Return the share of 4-grams that occur earlier in the same text, or None without 4-grams."""
+    """Return the share of 4-grams that occur earlier in the same text, or None if there are no 4-grams."""
     found = [_ngrams(text, 4) for text in texts]
     total = sum(map(len, found))
     return 1 - sum(len(set(grams)) for grams in found) / total if total else None
@@ -62,7 +62,7 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
     counts = sorted(Counter(chain.from_iterable(texts)).values(), reverse=True)
     if len(counts) < 2:
         return None
-    # Not numpy: its logarithms and fits differ in the last digit between processors.
+    # Use math, not numpy: the last digit of numpy's logarithms and fits depends on the processor.
     ranks = [math.log(rank) for rank in range(1, len(counts) + 1)]  # the most frequent token has rank 1
     return -linear_regression(ranks, [math.log(count) for count in counts]).slope
 
@@ -70,14 +70,14 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
     """Return `figure(texts)` with its 95 % jackknife interval (Efron and Stein 1981).
 
-    The limits are cut at 0 and `highest`. Returns None for fewer than two texts, or if `figure` returns
-    None for all texts or for all texts but one.
+    No limit is below 0 or above `highest`. Returns None for fewer than two texts. Also returns None if
+    `figure` returns None for `texts`, or for `texts` after any one text is left out.
     """
     value, n = figure(texts), len(texts)
-    # Not a bootstrap, which draws texts twice: the metrics would count the copies as repetition.
+    # Leave out each text once. A bootstrap draws texts twice: the copies would count as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
-    if value is None or len(known) < n or n < 2:  # one text gives no variance
+    if value is None or len(known) < n or n < 2:  # no estimate, or no variance
         return None
     squares = float(np.sum((np.array(known) - np.mean(known)) ** 2))
     reach = t_quantile(0.975, n - 1) * math.sqrt((n - 1) / n * squares)

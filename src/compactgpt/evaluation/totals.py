@@ -41,7 +41,7 @@ class Totals:
     own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer; None for compressors
     nats: Floats  # (documents,), negative log-likelihood of each document
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
-    # Name of a view, such as `strided` -> each document's loss, (documents,)
+    # Name of a view (a way to cut documents into windows) -> each document's loss, (documents,)
     views: Mapping[str, Floats] = field(default_factory=dict)
     positions: Positions | None = None  # only in memory: `write_totals` does not write the positions
 
@@ -66,7 +66,8 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
         "bits_per_byte": asdict(nats_per(totals.bytes).map(lambda nats: bits_per_byte(nats, 1))),
         "word_perplexity": None,
     }
-    if totals.words is not None and totals.words[scored].all():  # None if a document has only white space
+    # Word perplexity stays None if a document has only white space, and so no words.
+    if totals.words is not None and totals.words[scored].all():
         found["word_perplexity"] = nats_per(totals.words).map(perplexity).as_report()
     return found
 
