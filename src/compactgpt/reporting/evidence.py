@@ -141,7 +141,8 @@ def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
     note = sources.estimate.note
     yield from _estimated(NOTE, note)
     by_hand = sources.estimate.hand_set_loss
-    source = f"params.yaml, estimate.note.hand_set_loss, written when a public log was known: {by_hand.basis}"
+    by = "estimate.note.hand_set_loss, set by a person who knew a public training log"
+    source = f"params.yaml, {by}: {by_hand.basis}"
     yield Evidence(
         f"{NOTE}.hand_set_loss", by_hand.value, NATS, "estimated", NOTE, source, "OpenWebText val",
         by_hand.low_95, by_hand.high_95, stage="estimate", report=ESTIMATE,
@@ -309,7 +310,7 @@ def _trained(sources: Sources) -> Iterator[Evidence]:
     }  # fmt: skip
     name, source = f"{COMPACT}.tokens_seen", "reports/training.json"
     yield Evidence(name, sources.training.tokens, "tokens", source=source, exact=True, **about)
-    source = "reports/training.json: the mean of the last steps, with the softmax that training uses"
+    source = "reports/training.json: mean loss of the last steps; head sampled: over a sample of the tokens"
     yield Evidence(f"{COMPACT}.train_loss", sources.training.train_loss, NATS, source=source, **about)
     if losses := sources.seed_losses:
         report, text = "results/seeds.json", f"{sources.download.name} val"
@@ -420,7 +421,7 @@ def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
     """
     compact = sources.compact
     about = _common(compact, sources) | {"corpus": "", "stage": "comparison"}
-    about["source"] = f"exact McNemar test on the items of {compact.source} and {baseline.source}"
+    about["source"] = f"exact McNemar test on the questions of {compact.source} and {baseline.source}"
     for task, ours in compact.score.tasks.items():
         theirs = baseline.score.tasks.get(task)
         if theirs is None or ours.accuracy is None or theirs.items_sha256 != ours.items_sha256:

@@ -25,7 +25,7 @@ from compactgpt.reporting.small_scale import find_directions
 
 # Experiment with the model and the number of training tokens of `demo`, but nanoGPT's hyperparameters.
 RECIPE = "nanogpt-recipe"
-RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), as many training tokens as `demo`"
+RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), on as many tokens as the demo"
 
 
 class Report(BaseModel):
