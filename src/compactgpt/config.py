@@ -249,7 +249,9 @@ class Training(Section):
 class Likelihood(Section):
     document_tokens: PositiveInt | None = None  # tokens scored from each document's start; None: all
     window: PositiveInt  # number of GPT-2 tokens in a window; all neural models get the same windows of text
-    views: tuple[View, ...] = ()  # other kinds of windows in which neural models are also scored
+    views: tuple[
+        View, ...
+    ] = ()  # more ways to cut the text into windows; each neural model has a score for each
     batch_size: PositiveInt  # windows in one forward pass
     own_context: PositiveInt  # tokens in a window of `views`, if the model's context is not shorter
     stride_share: PositiveShare  # with view strided: step between windows, divided by their length

@@ -95,7 +95,7 @@ class Experiment(Part):
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
-            yield "an experiment with a sweep can't have params or parts: set values in its groups"
+            yield "with the key sweep, params and parts are not allowed: give each group of the sweep its params"
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:

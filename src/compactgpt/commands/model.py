@@ -165,7 +165,7 @@ def evaluate(
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
-    """Split a long text. Return its documents, and a message, which is empty for a text that stays whole."""
+    """Split a long text into documents. Return them, and a message; it is empty for a single document."""
     from compactgpt.config import Files
     from compactgpt.data.splitting import split_text
 

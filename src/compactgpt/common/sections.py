@@ -78,7 +78,7 @@ def find_conflict(name: str, content: bytes) -> str:
         return ""
     found = f"{name} has conflict markers of an unresolved merge"
     if name != "dvc.lock":
-        return f"{found}: choose the lines in an editor, then `git add {name}`"
+        return f"{found}: delete the markers and the lines that you do not want, then run `git add {name}`"
     return (
         f"{found}: keep one side (`git checkout --ours dvc.lock`, or `--theirs`), then run `dvc repro` and "
         "`git add dvc.lock`"
@@ -107,7 +107,7 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # Skip `part` if it is no key: pydantic adds a baseline's kind, such as `unigram`, to the path.
+            # pydantic adds a baseline's kind, such as `unigram`, to the path. It is not a key: skip it.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))

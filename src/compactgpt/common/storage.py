@@ -144,8 +144,8 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    Raises NotAllowed and keeps `folder` if the folder's manifest has a kind other than `kind`, or if the
-    folder's files differ from its manifest.
+    Without `overwrite` and `force`, raises NotAllowed and keeps `folder` if its manifest has another kind,
+    or if its files differ from its manifest.
     """
     target = folder.resolve()
     temporary = temporary_path(target)

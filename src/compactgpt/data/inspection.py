@@ -93,7 +93,7 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     if rule.val_start is None:  # tokenization.split is `hash`, so the val documents are a random sample
         share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
         expected = share * len(corpus.documents)
-        # In a random split, the number of documents is binomial, with this standard deviation.
+        # In a random split, the number of val (or train) documents is binomial. Its standard deviation:
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: number of documents, in standard deviations from the expected number"

@@ -37,7 +37,7 @@ HEAD_ROWS = 256  # number of targets whose logits are computed at once (51 MB of
 CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens save no time
 SORTED_WINDOWS = 4096  # number of windows that are sorted by length to avoid padding
 
-# A step maps the next tokens, (B, T), to the hidden state of the last token, (B, C).
+# A step reads T more tokens of each sequence, (B, T). It returns the hidden state of the last one, (B, C).
 Step = Callable[["torch.Tensor"], "torch.Tensor"]
 # A score maps logits, (N, V), and targets, (N,), to values, (N, ...). It may overwrite the logits.
 Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -69,7 +69,7 @@ def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Ite
 class Codec:
     """A model's tokenizer: functions from text to tokens and back."""
 
-    encode: Callable[[str], list[int]]  # encodes the names of special tokens as plain text
+    encode: Callable[[str], list[int]]  # text -> tokens; `<|endoftext|>` in a text is plain text
     decode: Callable[[list[int]], str]
     first_token: int  # the start token: it precedes a document, and ends a generated text
 

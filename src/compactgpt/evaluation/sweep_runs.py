@@ -137,7 +137,7 @@ class SweepRunner:
         return trained.model, trained.rows[-1].train_loss
 
     def _train_documents(self, sweep: SweepGroup) -> list[int]:
-        """Return the indices of a run's train documents. An empty list means all documents."""
+        """Return the indices of the train documents that a run of the sweep reads. Empty: all documents."""
         ids = self.splits.train.document_ids
         if sweep.train_source:
             chosen = [index for index, name in enumerate(ids) if self.sources[name] == sweep.train_source]

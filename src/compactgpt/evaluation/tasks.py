@@ -110,7 +110,10 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield all items of a document in pseudorandom order. Each target occurs in one item only."""
+    """Yield items in pseudorandom order: up to `characters` characters of `text`, and the word after them.
+
+    `document` is the document's id. No two items have the same word.
+    """
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()

@@ -53,7 +53,7 @@ class ScoredDocuments(Section):
 
     ids_sha256: Sha256  # hash of the documents' ids and numbers of tokens, see `documents_sha256`
     tokens: tuple[int, ...]  # number of scored tokens of each document
-    sources: tuple[str, ...]  # where each document comes from, for example the distribution `scipy`
+    sources: tuple[str, ...]  # where each document comes from, for example the Python package `scipy`
 
 
 class Fit(Section):

@@ -30,7 +30,7 @@ _NO_EFFECT = (
 class Noise:
     """The standard deviation of the loss between training runs that differ in their seeds only."""
 
-    deviation: float  # nats per token
+    deviation: float  # the standard deviation, in nats per token
     degrees_of_freedom: float  # number of measured runs - 1; infinite for an assumed deviation
     source: str  # a sentence for the verdict: where the deviation comes from
 
@@ -168,7 +168,7 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
     """Return a line for each changed parameter or hash that can affect the metrics."""
     without: tuple[str, ...] = _NO_EFFECT
     if then.data == now.data:
-        without += ("download.", "tokenization.")  # these affect only the data, which is equal
+        without += ("download.", "tokenization.")  # they affect only the data, and the data is equal
 
     def acting(params: Mapping[str, Any]) -> dict[str, Any]:
         names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # `params` stores a list as JSON

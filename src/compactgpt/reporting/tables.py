@@ -100,7 +100,7 @@ class View:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """Placeholder -> formatted value, for the placeholders that every message may contain."""
+        """Placeholder -> formatted value, for placeholders that are allowed in all messages of the report."""
         record, words = self.record, self.words
         row = next(row for row in record["table"] if row["id"] == "perplexity")
         small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]

@@ -58,7 +58,7 @@ class Verification:
         self.checked[what] = self.checked.get(what, 0) + number
 
     def add_differences(self, path: str, lines: Iterable[str]) -> None:
-        """Add at most `_SHOWN` of the differences `lines` of the file `path`, and the number of others."""
+        """Add the first `_SHOWN` differences of the file `path`, and the number of the other differences."""
         found = list(lines)
         self.differences += [f"{path}: {line}" for line in found[:_SHOWN]]
         if len(found) > _SHOWN:

@@ -286,7 +286,7 @@ class JournalFile:
     @property
     def status(self) -> str:
         """FINISHED, FAILED or KILLED, as in MLflow; empty while the stage runs."""
-        # Call `is_alive` first: if `last` came first, a stage that ends between the calls would look killed.
+        # Call `is_alive` before `last`: else a stage that ends between the two calls would look killed.
         alive = is_alive(self.start)
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"

@@ -53,9 +53,9 @@ _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 class Result:
     """The outputs of a version, compared with the outputs when the version ran a second time."""
 
-    name: str  # the version's name
+    name: str  # the run, git revision or experiment, as the user named it
     verdict: str  # IDENTICAL, ROUNDING or DIFFERENT
-    first: str  # the first stage with other outputs; empty if all outputs are identical
+    first: str  # the first stage whose outputs differ; empty if all outputs are identical
     why: str  # the reason for the verdict
     stages: dict[str, str]  # stage -> IDENTICAL, or the stage's first difference, such as `other code`
 

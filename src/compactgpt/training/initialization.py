@@ -120,8 +120,8 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
     logs -= (logs * smooth).sum() / smooth.sum()  # the mean of `logs` over the train split is now 0
-    # The last layer norm scales the vector of each position to length sqrt(C). Compute the length that
-    # the added vector then has.
+    # The last layer norm scales each position's vector, the added vector included, to length sqrt(C). This
+    # is the length of the added vector after the scaling:
     normed_length = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
     # The token embedding is also the head: its product with the vector adds the log frequency to the logit.
     model.wte.weight += torch.from_numpy(logs / normed_length).float()[:, None] * direction

@@ -312,7 +312,7 @@ class Trainer:
                 callbacks.on_row(self.rows)
 
     def read_losses(self) -> list[tuple[int, float]]:
-        """Return a pair (step from 1, loss in nats per token) for each unreported step.
+        """Return (step, loss in nats per token) for each step since the last call. Steps count from 1.
 
         Raises NotFinite if a loss or gradient norm is not finite.
         """
