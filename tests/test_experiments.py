@@ -68,7 +68,7 @@ def test_the_experiment_note_is_the_run_that_the_note_describes(params_file):
         ("params: {training: {max_stps: 7}}", "did you mean max_steps"),
         ("params: {model: {n_head: 3}}", "n_embd"),
         ("sweep: {a: {params: {model.n_head: 3}}}", "n_embd"),
-        ("sweep: {a: {}}\nparams: {model: {n_head: 8}}", "set values in its groups"),
+        ("sweep: {a: {}}\nparams: {model: {n_head: 8}}", "set values in the groups"),
         ("- 1", "not valid YAML"),
         ("parts: [none]", "none.yaml is missing"),
     ],

@@ -95,7 +95,7 @@ class Experiment(Part):
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
-            yield "with the key sweep, params and parts are not allowed: give each group of the sweep its params"
+            yield "with sweep, params and parts are not allowed: set values in the groups of sweep"
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
