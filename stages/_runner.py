@@ -129,7 +129,7 @@ def _read_params(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the MD5 of each file that a stage reads; in LARGE folders, the time of the last change."""
+    """Return the MD5 of each file that a stage reads, or its modification time in LARGE folders."""
     states: dict[str, Any] = {}
     for path in map(Path, definition.get("deps", [])):
         for file in [path, *path.rglob("*")]:

@@ -1,4 +1,4 @@
-"""Stage `estimate`: check the inputs of all stages, and estimate the training."""
+"""Stage `estimate`: check the inputs of all stages; estimate size, memory, time and loss of the training."""
 
 from pathlib import Path
 

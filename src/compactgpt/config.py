@@ -45,7 +45,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto: the fastest device of this machine
     num_threads: PositiveInt  # CPU threads that torch uses
     num_workers: PositiveInt  # processes that parse and tokenize text
-    log_interval: PositiveInt = 10  # on a GPU: steps between two logged losses; on a CPU: 1
+    log_interval: PositiveInt = 10  # steps between two logged losses on a GPU; a CPU logs each step
     sample_interval: NonNegativeInt = 0  # steps between two generated samples; 0: no samples
     sample_prompt: str = ""  # the beginning of each generated sample
 
@@ -144,12 +144,14 @@ class Validation(Section):
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
     mostly: Share  # share of documents that must meet an expectation about single documents
-    # Of more documents, a sample of about this many is checked. Fewer than 1000 could give an empty sample.
+    # If there are more documents, a sample of about this many is checked. Below 1000 it could be empty.
     max_rows: Annotated[int, Field(ge=1000)]
 
 
 class Tokenization(Section):
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]  # val's share: documents (split hash) or bytes (tail)
+    val_fraction: Annotated[
+        float, Field(gt=0, lt=1)
+    ]  # val's share of the documents (split `hash`) or of the bytes (`tail`)
     split: Literal["hash", "tail"] = "hash"  # val: texts chosen by their hash, or the corpus's end
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"  # both give the same token ids
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster

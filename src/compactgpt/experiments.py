@@ -212,9 +212,9 @@ def _list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: s
 def apply(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
 ) -> list[str]:
-    """Write an experiment and changes `key=value` to params.yaml, and return a line for each change.
+    """Write the values of an experiment, then `settings`, to params.yaml. Return a line for each change.
 
-    With `write=False`, params.yaml stays as it is.
+    Each of `settings` is `key=value`. With `write=False`, params.yaml stays as it is.
     """
     change = partial(set_experiment, name=name, conf=conf, settings=settings)
     content, changes = edit_params(params_file, change, f"params.yaml with {name}")

@@ -40,7 +40,7 @@ FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut file
 # Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-# Approximate number of val tokens to score: the first tokens of each val document.
+# Number of val tokens to score, in total; they are the first tokens of each val document.
 SCORED_TOKENS = 200_000
 # Val documents that must be long enough for a prompt and a continuation.
 CONTINUED_DOCUMENTS = 8
@@ -270,7 +270,7 @@ def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     # Share of val documents that must be long enough for a prompt and a continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
-    # Prompt and continuation get only a quarter of the document each, because `tokens` has estimates.
+    # A quarter of the document for the prompt and one for its continuation, because `tokens` are estimates.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

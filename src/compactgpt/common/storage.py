@@ -139,13 +139,13 @@ def atomic_folder(
     facts: dict[str, Any] | None = None,  # more keys for the manifest; the `with` block may change them
     *,
     kind: str = "",  # the kind of content, such as `model`, for the manifest
-    overwrite: bool = False,  # replace `folder` even if its files were changed, but not if files were added
+    overwrite: bool = False,  # replace `folder` even if its files were changed; added files stay an error
     force: bool = False,  # replace `folder` whatever files it has: only for folders under .state
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    Without `overwrite` and `force`, raises NotAllowed and keeps `folder` if its manifest has another kind,
-    or if its files differ from its manifest.
+    Raises NotAllowed and keeps `folder` if it has no manifest, a manifest of another kind, or files that
+    differ from its manifest. `overwrite` allows changed files, `force` allows all of these.
     """
     target = folder.resolve()
     temporary = temporary_path(target)

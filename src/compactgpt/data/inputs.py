@@ -24,9 +24,9 @@ def check_dependencies(root: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Check that a folder contains only files and links to files, with UTF-8 names.
+    """Check that a folder and its subfolders contain only files and links to files, with UTF-8 names.
 
-    Raises BadData, for example for a named pipe, a broken link or a link to a folder.
+    Raises BadData, for example for a named pipe, a broken link or a link to another folder.
     """
     for parent, folders, files in os.walk(folder):  # os.walk lists links to folders in `folders`
         for name in (*folders, *files):

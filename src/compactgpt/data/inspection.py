@@ -181,7 +181,7 @@ def uncompared(report: Mapping[str, Any], words: int) -> str:
 
 def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Table:
     shares = {key: repetition[key] for key in ("repeated_share", "leaked_share")}
-    twins, leaked = "share of documents that have a twin", "share of val's documents that are in train"
+    twins, leaked = "share of documents that repeat another one", "share of val's documents that are in train"
     remove = "remove the documents that the report lists under `flagged`"
     twins_advice = f"{remove} and `repeated`, or raise inspection.max_repeated_share"
     leaked_advice = f"{remove}, or raise inspection.max_leaked_share"

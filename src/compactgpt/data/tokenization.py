@@ -129,9 +129,9 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Write the token files of one shard (a chunk); return the number of bytes of text in the shard.
+    """Write the token files of one shard, and return the number of bytes of its text.
 
-    `groups` are the row groups of the shard. `chunks` is the folder of all chunks.
+    `groups` are the row groups of the shard. Its token files are a folder (a chunk) in the folder `chunks`.
     """
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # raised for a missing or damaged chunk, which is written below

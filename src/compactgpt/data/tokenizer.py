@@ -125,8 +125,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
         ) from error
 
 
-# UTF-8 of the characters that are new in Unicode 17, and of some older characters. tiktoken encodes texts
-# with these characters, because gigatoken and tiktoken cut words at new characters differently.
+# UTF-8 of the characters that are new in Unicode 17, and of some older characters. If a text contains one,
+# tiktoken encodes the text: at new characters, gigatoken cuts words differently.
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 

@@ -24,7 +24,7 @@ _EXCERPT_CHARACTERS = 80
 _ALTERED = "the files of data/documents were altered: run `dvc repro -f download`"
 _EXAMPLES = 3  # how many documents are listed in the result of a failed expectation
 _PLUGINS = Path(__file__).parent / "data_docs"  # contains the style sheet and the index page for Data Docs
-# HTML that loads files from other servers. Without a network, a browser would wait.
+# HTML in Data Docs that loads files from other servers. It is removed: offline, a browser would wait.
 _REMOTE = re.compile(
     r"<script\b.*?</script>|<(?:link|img)\b[^>]*https?://[^>]*>|url\('https?://[^)]*\)", re.DOTALL
 )

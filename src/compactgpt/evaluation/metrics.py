@@ -78,7 +78,7 @@ def mcnemar(only_one: int, only_other: int) -> float:
 def mcnemar_one_sided(lost: int, won: int) -> float:
     """Return the p-value of McNemar's exact one-sided test (1947). Null hypothesis: no fall in accuracy.
 
-    Only one model answers these items correctly: `lost` items the old model, `won` items the new model.
+    Only the old model answers `lost` items correctly, and only the new model answers `won` items correctly.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)

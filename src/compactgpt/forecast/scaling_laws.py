@@ -58,7 +58,7 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 def kaplan_loss(run: Run) -> float:
     """Return the loss (Nc / N)^aN + (Sc / S)^aS (Kaplan et al. 2020, equations 1.4 and 1.6).
 
-    N is the number of parameters. S is the number of steps that would be enough with an infinite batch.
+    N is the number of parameters. S is the number of steps to this loss with an infinite batch (S_min).
     `KAPLAN` has the constants.
     """
     k = KAPLAN

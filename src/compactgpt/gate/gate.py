@@ -35,7 +35,7 @@ class Noise:
     source: str  # a sentence for the verdict: where the deviation comes from
 
     def quantile(self, level: float) -> float:
-        """Return how much chance can raise the loss from one run to the next, at significance `level`."""
+        """Return the rise of the loss that seed noise exceeds with the probability `level`, such as 0.05."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 

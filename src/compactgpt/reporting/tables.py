@@ -341,7 +341,7 @@ class View:
         return rows
 
     def seen_context(self, row: Mapping[str, Any]) -> str:
-        """Return a phrase for the text that the model sees before it predicts a token."""
+        """Return what the model sees before it predicts a token, such as "own context: 1,024 tokens"."""
         if row["view"] == "document":
             return self.translate("phrases", row["context"])
         return self.say(f"context_{row['view']}", tokens=self.number(row.get("tokens")))

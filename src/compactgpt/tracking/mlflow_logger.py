@@ -225,7 +225,10 @@ def sync(root: Path) -> str:
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Copy run folders to the MLflow store `wanted`, and return the errors of the failed copies."""
+    """Copy run folders to an MLflow store. Return the errors of the copies that failed.
+
+    `wanted` has the address and the experiment, see `tracking_store`.
+    """
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")

@@ -123,5 +123,5 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     # The last layer norm scales each position's vector, the added vector included, to length sqrt(C). This
     # is the length of the added vector after the scaling:
     normed_length = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
-    # The token embedding is also the head: its product with the vector adds the log frequency to the logit.
+    # The token embedding is also the head. Its product with the added vector is then the log frequency.
     model.wte.weight += torch.from_numpy(logs / normed_length).float()[:, None] * direction

@@ -153,7 +153,7 @@ class Trainer:
         group.assert_same_on_all_ranks("params.yaml, data or program", self.run_key)
         self.device = resolve_device(params.runtime.device)
         self.log_interval = params.runtime.log_interval
-        # Keep losses on the GPU until they are reported: the program must wait for the GPU to read a loss.
+        # A GPU keeps its losses until they are reported: to read one, the program must wait for the GPU.
         self.defers_losses = self.device == "cuda"
         # The windows of the val split on which the validation loss is computed.
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
