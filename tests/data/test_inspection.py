@@ -173,7 +173,7 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
         (each["kind"], each["source"], each["twin"]["source"]): each["score"] for each in report["flagged"]
     }
     near = pytest.approx(0.9, abs=0.1)
-    # 60 words in a row hold 48 runs of 13, a document of 120 words has 108; 20 words hold 8.
+    # 60 words in a row hold 48 n-grams of 13, a document of 120 words has 108; 20 words hold 8.
     assert scores == {
         ("near duplicate", "val 0", "train 10"): 1.0,
         ("near duplicate", "val 1", "train 11"): near,
@@ -217,8 +217,8 @@ def test_a_changed_character_does_not_hide_a_copy_in_a_script_without_spaces(tmp
     val = [f"{text[:150]}{chr(characters[0])}{text[151:]}" for text in train]
     numbers = check(write_inputs(tmp_path, train, val))["repetition"]
     assert (numbers["near_duplicates"], numbers["leaked_share"]) == (40, 1.0)
-    # All runs of 13 characters of a text are in its copy, but those that hold the changed character.
-    assert numbers["runs_in_train"] == pytest.approx(20 * (288 - 13), rel=0.01)
+    # All n-grams of 13 characters of a text are in its copy, but those that hold the changed character.
+    assert numbers["ngrams_in_train"] == pytest.approx(20 * (288 - 13), rel=0.01)
 
 
 def test_a_check_that_compared_hardly_anything_says_so(tmp_path):

@@ -1,6 +1,6 @@
 """Find documents that repeat other documents, and val text that is also in train.
 
-A run is a fixed number of consecutive words of a document (an n-gram).
+An n-gram is a fixed number of consecutive words of a document.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _NEIGHBOURS = 8  # `_candidates` pairs a document with at most this many later documents of equal key
-# `digest_documents` stores about this many train documents per run of words, and leaves out later ones.
-_OWNERS_PER_RUN = 10
+# `digest_documents` stores about this many train documents per n-gram, and leaves out later ones.
+_OWNERS_PER_NGRAM = 10
 
 
 def word_hashes(text: str) -> Hashes:
@@ -57,8 +57,8 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def run_hashes(words: Hashes, length: int) -> Hashes:
-    """Return the hash of each run of `length` words, given the hash of each word."""
+def ngram_hashes(words: Hashes, length: int) -> Hashes:
+    """Return the hash of each n-gram of `length` words, given the hash of each word."""
     count = max(0, len(words) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for offset in range(length):
@@ -74,42 +74,42 @@ class Digest(NamedTuple):
 
     documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val (is in the val split)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
-    # One row for each document and each of its runs of words that is also in val.
-    # Columns: document (row of `documents`), run (index in the result of `val_runs`).
+    # One row for each document and each of its n-grams that is also in val.
+    # Columns: document (row of `documents`), ngram (index in the result of `val_ngrams`).
     hits: "pd.DataFrame"
 
 
-def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
-    """Return the hashes of all runs of `length` words in the val documents, sorted, shape (runs,)."""
+def val_ngrams(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
+    """Return the sorted hashes of all n-grams of `length` words in the val documents, shape (n-grams,)."""
     hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
         texts = [each.text for each in compress(documents, rule.in_val(group, documents))]
-        hashes += [np.unique(run_hashes(word_hashes(text), length)) for text in texts]
+        hashes += [np.unique(ngram_hashes(word_hashes(text), length)) for text in texts]
     return np.unique(np.concatenate(hashes))
 
 
-def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file: Path) -> Digest:
-    """Return the `Digest` of one row group. The file `runs_file` contains the result of `val_runs`."""
+def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, ngrams_file: Path) -> Digest:
+    """Return the `Digest` of one row group. The file `ngrams_file` contains the result of `val_ngrams`."""
     import pandas as pd
     import rensa
 
-    wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped, so that the workers share one copy
+    wanted: Hashes = np.load(ngrams_file, mmap_mode="r")  # memory-mapped, so that the workers share one copy
     documents = read_row_group(group)
     shingles: list[Hashes] = []  # for each document, the hashes that MinHash compares
     hits: list[Numbers] = []
     for document in documents:
         words = word_hashes(document.text)
-        runs = run_hashes(words, params.shingle_words)
-        if not len(runs):
-            # A document too short for a run gets one hash: of all its words or, without words, of its id.
-            runs = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
-        shingles.append(runs)
-        runs = run_hashes(words, params.overlap_words)
-        positions = np.searchsorted(wanted, runs)
+        ngrams = ngram_hashes(words, params.shingle_words)
+        if not len(ngrams):
+            # A document too short for an n-gram gets one hash: of all its words or, without words, of its id.
+            ngrams = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
+        shingles.append(ngrams)
+        ngrams = ngram_hashes(words, params.overlap_words)
+        positions = np.searchsorted(wanted, ngrams)
         is_inside = positions < len(wanted)  # False if a hash is greater than all hashes in `wanted`
-        positions, runs = positions[is_inside], runs[is_inside]
-        hits.append(np.unique(positions[wanted[positions] == runs]))
+        positions, ngrams = positions[is_inside], ngrams[is_inside]
+        hits.append(np.unique(positions[wanted[positions] == ngrams]))
     ends = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         np.concatenate(shingles), ends, params.permutations, params.seed
@@ -122,7 +122,7 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
     }
     numbers = np.repeat(np.arange(len(hits)), [len(each) for each in hits])
     signatures = np.array(matrix.to_rows(), np.uint32).reshape(-1, params.permutations)
-    hit_table = pd.DataFrame({"document": numbers, "run": np.concatenate(hits)})
+    hit_table = pd.DataFrame({"document": numbers, "ngram": np.concatenate(hits)})
     return Digest(pd.DataFrame(columns), signatures, hit_table)
 
 
@@ -137,20 +137,20 @@ def digest_documents(
     """Return the `Digest` of the whole corpus, which has `total` documents. Reads the corpus twice."""
     import pandas as pd
 
-    runs = val_runs(groups, rule, params.overlap_words)
-    num_owners = np.zeros(len(runs), np.int32)  # (runs,) number of train documents with this run of words
+    ngrams = val_ngrams(groups, rule, params.overlap_words)
+    num_owners = np.zeros(len(ngrams), np.int32)  # (n-grams,) number of train documents with this n-gram
     parts: list[Digest] = []
     documents = 0
     with TemporaryDirectory() as scratch:
-        runs_file = Path(scratch) / "runs.npy"
-        np.save(runs_file, runs)
-        digest = partial(digest_group, params=params, rule=rule, runs_file=runs_file)
+        ngrams_file = Path(scratch) / "ngrams.npy"
+        np.save(ngrams_file, ngrams)
+        digest = partial(digest_group, params=params, rule=rule, ngrams_file=ngrams_file)
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Keep only some train documents of each run: all documents with one licence would fill memory.
-            is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
-            np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
+            # Keep only some train documents of each n-gram: all documents with one licence would fill memory.
+            is_kept = of_val | (num_owners[hits["ngram"]] < _OWNERS_PER_NGRAM)
+            np.add.at(num_owners, hits["ngram"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.
             hits = hits.assign(document=hits["document"] + documents)
             parts.append(part._replace(hits=hits[is_kept]))
@@ -221,25 +221,25 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
     """Return a table: how much of each val document is also in train (GPT-3, appendix C).
 
-    Columns: document and twin (rows of `corpus.documents`; twin is -1 if no run is shared), runs (number of
-    the document's different runs), seen (number of these runs that are in train), score = seen / runs.
+    Columns: document and twin (rows of `corpus.documents`; twin is -1 if no n-gram is shared), ngrams (number
+    of the document's different n-grams), seen (number of these that are in train), score = seen / ngrams.
     """
     import pandas as pd
 
     in_val, hits = corpus.documents["in_val"].to_numpy(), corpus.hits
     of_val = in_val[hits["document"]]
-    shared = hits[of_val].merge(hits[~of_val].rename(columns={"document": "twin"}), on="run")
+    shared = hits[of_val].merge(hits[~of_val].rename(columns={"document": "twin"}), on="ngram")
     counts = shared.groupby(["document", "twin"], as_index=False).size()
     # The sort is stable: of equal counts, the first train document is the twin.
     counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
     overlap = pd.DataFrame(
         {
-            "runs": hits[of_val].groupby("document").size(),
-            "seen": shared.groupby("document")["run"].nunique(),
-            "twin": counts.set_index("document")["twin"],  # the train document that shares most runs
+            "ngrams": hits[of_val].groupby("document").size(),
+            "seen": shared.groupby("document")["ngram"].nunique(),
+            "twin": counts.set_index("document")["twin"],  # the train document that shares most n-grams
         },
         index=pd.Index(np.flatnonzero(in_val), name="document"),
     )
-    overlap = overlap.fillna({"runs": 0, "seen": 0, "twin": -1}).astype(np.int64)
-    overlap["score"] = overlap["seen"] / overlap["runs"].clip(lower=1)
+    overlap = overlap.fillna({"ngrams": 0, "seen": 0, "twin": -1}).astype(np.int64)
+    overlap["score"] = overlap["seen"] / overlap["ngrams"].clip(lower=1)
     return overlap.reset_index()

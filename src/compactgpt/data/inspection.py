@@ -139,10 +139,10 @@ def _count_repetition(
         "near_duplicates": near_duplicates,
         "repeated_share": near_duplicates / max(1, documents),
         "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # divided by the number of val documents
-        "runs": int(overlap["runs"].sum()),
-        "runs_in_train": int(overlap["seen"].sum()),
-        # A document with fewer than `overlap_words` words has no run that `find_overlap` can find.
-        "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
+        "ngrams": int(overlap["ngrams"].sum()),
+        "ngrams_in_train": int(overlap["seen"].sum()),
+        # A document with fewer than `overlap_words` words has no n-gram that `find_overlap` can find.
+        "val_documents_without_ngrams": int((overlap["ngrams"] == 0).sum()),
     }
 
 
@@ -170,7 +170,7 @@ def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
 
 def uncompared(report: Mapping[str, Any], words: int) -> str:
     """Return a message if most val documents have fewer than `words` words; if not, an empty string."""
-    short, total = report["repetition"]["val_documents_without_runs"], report["val"]["documents"]
+    short, total = report["repetition"]["val_documents_without_ngrams"], report["val"]["documents"]
     if 2 * short <= total:
         return ""
     return (

@@ -1,6 +1,6 @@
 """Save and load GPT-2's tokenizer, and encode text.
 
-The library gigatoken gives the token ids of tiktoken 14 times as fast (docs/benchmarks.md).
+The library gigatoken returns the same token ids as tiktoken, and is 14 times as fast (docs/benchmarks.md).
 """
 
 import base64

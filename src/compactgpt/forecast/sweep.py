@@ -26,8 +26,8 @@ FormName = Literal["floor", "sum", "product"]
 HUBER_DELTA = 1e-3
 RESAMPLES = 400  # number of bootstrap resamples of the runs
 SEED = 1337
-# Keys of `training` that change the loss by chance only, or not at all. `init_from` is only a path: its
-# content is compared by `init_sha256`.
+# Keys of `training` that are ignored when two recipes are compared: they change the loss by chance only,
+# or not at all. `init_from` is only a path; `init_sha256`, the hash of its files, is compared.
 NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",

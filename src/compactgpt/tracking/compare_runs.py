@@ -146,7 +146,7 @@ def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
     for out, md5 in all_outs(version.entries).items():
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
-        # Name the file with the losses: `data/evaluation` is a folder, each output in data/baseline a file.
+        # `data/evaluation` is a folder with the file of losses; each output in data/baseline is such a file.
         name = "compact.parquet" if out == "data/evaluation" else ""
         path = Path(out, name)
         if isinstance(version.place, Folder) and (version.place.root / path).exists():

@@ -79,7 +79,7 @@ def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
 
 
 def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
-    """Run the version named `wanted` again, and compare its new outputs with its old outputs.
+    """Run the MLflow run, git revision or DVC experiment `wanted` again; compare new and old outputs.
 
     `log` prints a message. `confirm` shows the stages' commands, and returns whether to run them.
     Raises MissingInput if an input is missing, OutsideFolder if a path leads out of the checkout,
