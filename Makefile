@@ -66,7 +66,7 @@ repro: repository $(STAMP) ## run the whole pipeline (only what changed), print 
 	@echo "The page:                   reports/index.html"
 	@echo "The table with its sources: reports/comparison.md"
 	@echo "The runs, side by side:     make ui   (MLflow on http://127.0.0.1:$(PORT))"
-	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.max_steps=2800"
+	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.seed=1"
 
 test: $(STAMP) ## run the tests
 	@python -m pytest $(TWO_WORKERS)

@@ -18,8 +18,10 @@ from compactgpt.tracking.dvc_files import (
     read_entries,
     read_stages,
     restore_lock,
+    stages_before,
 )
 from tests.support import tracking_store
+from tests.support.dvc_projects import dvc, git_repository
 
 ROOT = Path(__file__).parents[2]
 CHAIN = """
@@ -116,3 +118,15 @@ def test_a_lock_that_dvc_was_writing_when_it_was_killed_is_restored(root):
     shutil.rmtree(root / ".dvc")
     with pytest.raises(BadData, match=r"`git checkout dvc\.lock` restores it"):
         restore_lock(root)
+
+
+def test_a_dvc_file_is_no_stage_on_which_another_depends(tmp_path):
+    stages = {
+        "download": {"cmd": "true", "deps": ["corpus"], "outs": ["a"]},
+        "training": {"cmd": "true", "deps": ["a"], "outs": ["b"]},
+    }
+    project = git_repository(tmp_path / "project", stages)
+    (project / "corpus").mkdir()
+    (project / "corpus/input.txt").write_text("own text")
+    dvc(project, "add", "-q", "corpus/input.txt")
+    assert stages_before(project, "training") == ["download"]

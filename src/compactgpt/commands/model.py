@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -49,10 +49,7 @@ def generate(
     Prints the prompt and the new text. Writes no file.
     Example: compactgpt generate "The future of AI is" --num-samples 3
     """
-    from compactgpt.api import load
-
-    names = [model, compare] if compare else [model]
-    models = [load(name, params_file=params_file) for name in names]
+    models = _load([model, compare] if compare else [model], params_file)
     options: dict[str, Any] = {"num_samples": num_samples, "max_new_tokens": max_new_tokens}
     options |= {"temperature": temperature, "top_k": top_k, "seed": seed}
 
@@ -72,6 +69,18 @@ def generate(
                 show(typed)
     else:
         show(_read_text("-").removesuffix("\n") if prompt in (None, "-") else str(prompt))
+
+
+def _load(names: Sequence[str], params_file: Path) -> list["Model"]:
+    """Load models. On a terminal, report each name: a baseline takes half a minute to load."""
+    from compactgpt.api import load
+
+    models = []
+    for name in names:
+        if sys.stderr.isatty():
+            report(f"loading {name} ...")
+        models.append(load(name, params_file=params_file))
+    return models
 
 
 def _read_text(name: str) -> str:
@@ -129,12 +138,10 @@ def evaluate(
     Prints nats per token, perplexity and bits per byte, with 95 % intervals. Writes no file.
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
-    from compactgpt.api import load
-
     documents, cut = [_read_text(name) for name in files], ""
     if len(documents) == 1 and not whole:
         documents, cut = _cut(documents[0], files[0])
-    models = [load(name, params_file=params_file) for name in model]
+    models = _load(model, params_file)
     window = min(one.window for one in models)  # all models get the same context, so they can be compared
     scores = {
         one.name: one.score(documents, window=window, progress=ProgressBar(one.name, "windows"))
@@ -161,7 +168,7 @@ def evaluate(
         if scores[one.name].loss > math.log(one.encoding.n_vocab):
             echo(f"{one.name} predicts this text worse than a random guess: it was trained on other text")
     if not score.intervals:
-        echo("no intervals: an interval needs several files, or one longer file without --whole")
+        echo(f"no intervals: they need several files, or one file of over {5 * PIECE:,} characters")
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,9 @@ import typer
 from compactgpt.commands.options import PARAMS, AsJson, ExperimentName, Settings
 from compactgpt.common.console import echo, report
 from compactgpt.common.errors import UserError
+from compactgpt.common.git import git_text
 from compactgpt.common.storage import read_json
+from compactgpt.tracking.dvc_files import LOCK
 
 CALLED_BY_MAKE = "Called by make repro"
 
@@ -64,8 +67,15 @@ def init_corpus(
         return
     apply_plan(plan, PARAMS)
     copies = [f"{target}.dvc" for _, _, target, *_ in plan.additions]
-    remove = f"; dvc remove --outs {shlex.join(copies)}" if copies else ""
-    echo(f"next: make repro\nto undo: git checkout HEAD -- {PARAMS}{remove}")
+    _show_next(f"; dvc remove --outs {shlex.join(copies)}" if copies else "")
+
+
+def _show_next(remove: str = "") -> None:
+    """Print the next command, and how to return to the last commit. `remove` is one more command for that."""
+    with suppress(UserError):  # not in a git repository
+        if git_text(Path(), "status", "--porcelain", LOCK):
+            echo(f"git lacks your last results; to be able to return: git commit -m results {LOCK} reports")
+    echo(f"next: make repro\nto undo: git checkout HEAD -- {PARAMS} {LOCK} reports{remove}; make repro")
 
 
 @app.command()
@@ -117,7 +127,7 @@ def apply_experiment(name: ExperimentName, settings: Settings = None) -> None:
 
     changes = experiments.apply(name, PARAMS, settings or [])
     echo("\n".join(changes) or f"{PARAMS} has these values already")
-    echo(f"next: make repro; git checkout HEAD -- {PARAMS} undoes the change")
+    _show_next()
 
 
 @experiment.command("run")

@@ -10,7 +10,7 @@ from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.git import git_text
 from compactgpt.evaluation.metrics import Interval, perplexity_ratio
 from compactgpt.evaluation.totals import Totals, read_totals
-from compactgpt.tracking.dvc_files import PARAMS, Cache, Folder, all_outs, deps, outs, parse_yaml
+from compactgpt.tracking.dvc_files import LOCK, PARAMS, Cache, Folder, all_outs, deps, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import Pair, Version, changed_environment, differing, find_version
 
@@ -110,9 +110,9 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
     """Return the output of `git diff --stat`, and a line with the uncommitted files of each version."""
     lines = []
     if a.commit and b.commit and a.commit != b.commit:
-        paths = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
+        other = [f":(exclude){name}" for name in ("reports", "*.dvc", LOCK, PARAMS)]
         try:
-            lines.append(git_text(root, "diff", "--stat", a.commit, b.commit, *paths))
+            lines.append(git_text(root, "diff", "--stat", a.commit, b.commit, "--", ".", *other))
         except UserError as error:
             lines.append(f"{a.commit[:9]}..{b.commit[:9]}: {error}")
     for version in (a, b):

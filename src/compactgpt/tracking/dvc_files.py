@@ -329,5 +329,7 @@ def stages_before(root: Path, name: str) -> list[str]:
     from dvc.repo.reproduce import plan_repro
 
     with open_repo(root) as repo:
-        wanted = [stage for stage in repo.index.stages if stage.name == name]
-        return [stage.name for stage in plan_repro(repo.index.graph, wanted) if stage.name != name]
+        # A .dvc file, such as corpus/input.txt.dvc, is a stage without a command and without a name.
+        wanted = [stage for stage in repo.index.stages if stage.cmd and stage.name == name]
+        plan = [stage.name for stage in plan_repro(repo.index.graph, wanted) if stage.cmd]
+        return [stage for stage in plan if stage != name]

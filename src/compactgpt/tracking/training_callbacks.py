@@ -39,8 +39,11 @@ class TrainingCallbacks:
         self.warned: set[str] = set()  # names of the warnings that were printed
         self.encoding = load_encoding(tokenizer) if self.params.runtime.sample_interval else None
         expected = expected_loss(self.params)
-        self.figures = dict.fromkeys(("train loss", "val loss", "tokens/s", "left"), "-")
-        self.figures["val loss expected at the end"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
+        # Not all windows of the val split, so the stage `evaluation` reports another loss.
+        self.val_loss = f"val loss of {self.params.training.eval_windows} windows"
+        self.figures = dict.fromkeys(("train loss", self.val_loss, "tokens/s", "left"), "-")
+        if self.params.download.corpus != "files":  # for a user's own text, no run has tested the prediction
+            self.figures["expected at the end"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
         stage.tracker.params({"expected_loss": expected.model_dump()})
         stage.print_message(describe_batch(self.params, processes))
         training = self.params.training
@@ -72,7 +75,7 @@ class TrainingCallbacks:
 
         Warns once if the model overfits, and once if training diverges.
         """
-        self.figures["val loss"] = f"{rows[-1].val_loss:.3f}"
+        self.figures[self.val_loss] = f"{rows[-1].val_loss:.3f}"
         self.stage.tracker.metrics({"val/loss": rows[-1].val_loss}, rows[-1].step)
         if self.is_main_process:  # one process writes the file, for `dvc plots show` during training
             write_text(self.curve, loss_csv(rows))
