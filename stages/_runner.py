@@ -71,7 +71,7 @@ class Stage:
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write a report with the hash of the stage's parameters. Log report and metrics in MLflow."""
+        """Write `value` and the hash of the stage's parameters as a report. Log report and metrics."""
         made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
         if metrics := journal.stage_metrics(self.name, value):

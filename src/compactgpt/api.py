@@ -90,7 +90,7 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator that yields a list of `num_samples` texts: the new text of each continuation.
+        """Return an iterator over lists of `num_samples` texts: the next piece of each continuation.
 
         The iterator yields once per generated token. With temperature 0, each token is the most probable one.
         Raises BadConfig if the model can't generate text.

@@ -103,7 +103,7 @@ class HubSet(Section):
 
 
 class HubCorpus(Section):
-    name: Name  # the key of the corpus in `sets`
+    name: Name  # the corpus to download: a key of `sets`
     mirror: UserPath | None  # local copy of the data set's repository, read instead of the hub
     sets: dict[Name, HubSet]
 

@@ -260,7 +260,7 @@ def configurations(
 
 
 def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
-    """Apply an experiment to params.yaml, and run the pipeline with `dvc exp run`."""
+    """Apply an experiment, then `settings` (`key=value`), to params.yaml, and run `dvc exp run`."""
     _dvc_environment()
     require_repository(Path())
     check_dependencies(params_file.parent)

@@ -224,7 +224,7 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wide = ": few, so intervals will be wide" if val_documents < 20 else ""
     measured = f"about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}"
     return values | training | _evaluation(params, sample.tokens, val_documents), [
-        f"found {about}{documents:,} documents{f', cut by {cuts}' if cuts else ''}",
+        f"found {about}{documents:,} documents{f', from files split by {cuts}' if cuts else ''}",
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
         f"held out for measurement (val, {split}): {measured}",
         time,

@@ -71,7 +71,7 @@ def init_corpus(
 
 
 def _show_next(remove: str = "") -> None:
-    """Print the next command, and how to return to the last commit. `remove` is one more command for that."""
+    """Print the next command, and the commands of an undo, among them the shell command `remove`."""
     with suppress(UserError):  # not in a git repository
         if git_text(Path(), "status", "--porcelain", LOCK):
             echo(f"git lacks your last results; to be able to return: git commit -m results {LOCK} reports")

@@ -134,7 +134,7 @@ def write_shards(
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 missing -= size
                 group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
-        # The caller can store how far `documents` was read: no document of the next shard was taken.
+        # No document of the next shard has been read, so the caller can store its position in `documents`.
         yield path
 
 

@@ -52,8 +52,9 @@ def _check_regular(path: Path) -> None:
 
 
 def require_corpus(original: Path) -> None:
-    """Check that the current folder, DVC's copy of the repository `original`, has all files of corpus/.
+    """Check that corpus/ has all files of corpus/ in the repository `original`.
 
+    The current folder is the temporary copy of `original` in which DVC runs an experiment.
     Raises MissingInput if files are missing.
     """
     names = {path.name for path in (original / "corpus").glob("[!.]*")}

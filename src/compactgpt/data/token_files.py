@@ -208,7 +208,7 @@ def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
 
 
 def document_streams(split: TokenFile) -> Iterator[Stream]:
-    """Yield the number and the tokens of every document, with the end-of-text token as the start token."""
+    """Yield the index and the tokens of each document. The end-of-text token is the start token."""
     for index in range(split.header.documents):
         yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
 

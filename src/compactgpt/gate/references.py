@@ -40,7 +40,7 @@ from compactgpt.tracking.journal import flatten, tracking_store
 SEEDS = "results/seeds.json"  # losses of training runs that differ only in their seeds
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
-# Fields of `Snapshot` that the file of an accepted reference has, too.
+# Fields of `Snapshot` that are copied to the file of an accepted reference without change.
 _UNCHANGED = ("fingerprint", "data", "params", "figures", "baselines", "tasks")
 _SAME_SUM = 1e-9  # nats per token; a sum of the same losses in another order differs by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows

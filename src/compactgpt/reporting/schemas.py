@@ -23,7 +23,7 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import find_directions
 
-# Experiment with the model and the number of training tokens of `demo`, but nanoGPT's hyperparameters.
+# Name of the experiment that trains the model of `demo` on as many tokens, but as nanoGPT does.
 RECIPE = "nanogpt-recipe"
 RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), on as many tokens as the demo"
 
@@ -355,7 +355,7 @@ def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measur
 def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
     """Read results/<name>.json, a sweep (a series of training runs).
 
-    Returns None if the file is missing or has no losses on the val documents of the compact model.
+    Returns None if the file is missing, or if its runs were scored on other val documents than `compact`.
     """
     found, totals = read_sweep(root / "results" / f"{name}.json"), compact.totals
     if found is None or not found.runs or found.documents is None:

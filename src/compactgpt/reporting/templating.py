@@ -73,7 +73,7 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
     from markupsafe import Markup
 
     def finalize(value: Any) -> Markup:
-        # Jinja2 escapes HTML only, so escape here. `Markup` shows Jinja2 that the value is escaped.
+        # Jinja2 itself can only escape HTML, so call `escape` here. `Markup` values are already escaped.
         return value if isinstance(value, Markup) else escape(str(value))
 
     @pass_context

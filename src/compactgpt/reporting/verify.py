@@ -216,7 +216,7 @@ def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
-    """Return a message: `found` is missing (empty), or which of its lines is the first that differs."""
+    """Return a message: the first line of `found` that differs, or that the file is missing (empty)."""
     if not found:
         return "is missing: run `dvc repro`"
     pairs = enumerate(zip_longest(expected.splitlines(), found.splitlines()), 1)

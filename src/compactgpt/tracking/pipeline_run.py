@@ -201,7 +201,7 @@ def _is_current(
         inside = {out for out in made if dvc_files.overlap(out, path)}
         if not inside <= valid.keys() or made.get(path, md5) != md5:
             return False
-        # Compare code in the work tree with the MD5 in dvc.lock. A commit of `dvc exp run` needs no check.
+        # Code in the work tree must have the MD5 in dvc.lock. A commit has the code that ran: no check.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True

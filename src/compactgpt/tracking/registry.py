@@ -79,8 +79,8 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
             name="compact",
             task="text-generation",
             run_id=run_id,
-            # MLflow copies the run's metrics of this step to the model, without their data set.
-            # No metric has step -1, so MLflow copies none.
+            # MLflow would copy the run's metrics of this step to the model, but without their data set. No
+            # metric has step -1, so MLflow copies none.
             step=-1,
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],

@@ -42,7 +42,8 @@ class TrainingCallbacks:
         # Not all windows of the val split, so the stage `evaluation` reports another loss.
         self.val_loss = f"val loss of {self.params.training.eval_windows} windows"
         self.figures = dict.fromkeys(("train loss", self.val_loss, "tokens/s", "left"), "-")
-        if self.params.download.corpus != "files":  # for a user's own text, no run has tested the prediction
+        # No run has tested the predicted loss for a user's own text, so it is not shown for one.
+        if self.params.download.corpus != "files":
             self.figures["expected at the end"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
         stage.tracker.params({"expected_loss": expected.model_dump()})
         stage.print_message(describe_batch(self.params, processes))

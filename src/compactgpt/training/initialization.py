@@ -110,7 +110,7 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     embeddings. The vector is `strength` times as long as the sum of a token and a position embedding.
     """
     C = model.shape.n_embd
-    direction = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,) of the added vector
+    direction = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # of the added vector, (C,)
     direction = direction - direction.mean()  # mean 0, because the layer norm subtracts the mean
     direction /= direction.norm()
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
