@@ -162,7 +162,7 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return a message with the stage's number and the minutes left, estimated from earlier durations."""
+    """Return a message: the stage's number, and the minutes until the last stage ends, from earlier runs."""
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
     minutes = sum(float(file.read_text()) for file in files) / 60

@@ -10,7 +10,7 @@ app = new_app()
 
 @app.command()
 def main(tracker: TrackerName = "mlflow") -> None:
-    """Check the inputs of all stages, and estimate size, time and loss of the training."""
+    """Check the inputs of all stages. Estimate the model's size, and the time and loss of its training."""
     from compactgpt.data.inputs import check_dependencies
     from compactgpt.forecast.estimate import estimate
     from compactgpt.forecast.sweep import read_sweep

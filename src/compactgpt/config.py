@@ -67,7 +67,7 @@ class Files(Section):
     text_column: NonEmpty  # the column or key with the text of a document
     # How .txt and .md files are split into documents.
     split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]
-    heading: re.Pattern[str] | None  # with split heading, each match begins a document
+    heading: re.Pattern[str] | None  # with split `heading`: a document begins at each match
     split_characters: PositiveInt  # with split size or auto: minimum length of a document
     split_over_characters: PositiveInt  # with split auto, a file up to this length is one document
     max_decompressed_megabytes: PositiveInt  # maximum size of one file after decompression
@@ -76,7 +76,7 @@ class Files(Section):
 
     def _mistakes(self) -> Iterator[str]:
         if self.split == "heading" and self.heading is None:
-            yield "split is heading: write the regular expression of a document's first line into heading"
+            yield "split is heading: set heading to a regular expression of each document's first line"
 
 
 class HubSet(Section):

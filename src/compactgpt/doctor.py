@@ -113,7 +113,7 @@ def _hardware() -> dict[str, str]:
 
 
 def _need(spec: BaselineSpec, hub_answers: bool) -> str:
-    """Return whether a baseline can run here, or what it needs."""
+    """Return a text: the baseline is ready, can be downloaded, or needs something to run here."""
     if isinstance(spec, Hub):
         if cached_model(spec.repo, spec.revision):
             return "ready: in the hub's cache"

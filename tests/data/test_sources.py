@@ -126,7 +126,7 @@ def test_a_corpus_has_a_name(corpus, files, name):
             ("files", {"patterns": [pattern]}, r"download\.files\.patterns")
             for pattern in ("/data/*.txt", "corpus/../a.txt", "**/*.txt", "~/a.txt", "corpus/*.pdf")
         ),
-        ("files", {"split": "heading"}, "write the regular expression"),
+        ("files", {"split": "heading"}, "set heading to a regular expression"),
         ("files", {"heading": "("}, "should be a valid regular expression"),
         ("hub", {"revision": "main"}, "revision"),
         ("hub", {"revision": "refs/convert/parquet", "sha256": None}, "is a branch, whose content"),

@@ -111,7 +111,7 @@ def write_shards(
 ) -> Iterator[Path]:
     """Write documents into shards in `folder`; yield the path of each complete shard.
 
-    A shard ends with the document that brings its text to `shard_bytes`. `first` is the first shard's number.
+    A shard is complete when its text has at least `shard_bytes`. `first` is the number of the first shard.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -205,8 +205,8 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
-    # Pair a document with the first and the next documents of its bucket, not with all: 100,000 copies of
-    # a text have 5 billion pairs.
+    # Pair each document with the first document of its bucket and with the next few, not with all: 100,000
+    # copies of a text would have 5 billion pairs.
     first, second = [bucket_starts[repeats]], [repeats]  # indices in `order`
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])

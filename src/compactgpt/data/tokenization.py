@@ -131,7 +131,7 @@ def encode_shard(
 ) -> int:
     """Write the token files of one shard, and return the number of bytes of its text.
 
-    `groups` are the row groups of the shard. Its token files are a folder (a chunk) in the folder `chunks`.
+    `groups` are the row groups of the shard. The token files are in a folder of `chunks`, called a chunk.
     """
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # raised for a missing or damaged chunk, which is written below

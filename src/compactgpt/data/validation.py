@@ -160,7 +160,7 @@ def document_expectations(params: Validation) -> list[Any]:
     letters = f"a share of letters of at least {params.min_letter_share:g}"
     damage = f"a share of U+FFFD (wrong decoding) of at most {params.max_replacement_share:g}"
     decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
-    unique = f"{100 * params.min_unique_share:g} % of the documents are unique, case and spacing aside"
+    unique = f"{100 * params.min_unique_share:g} % of documents at least are unique (without case and spaces)"
     few_letters = "remove them, or lower validation.min_letter_share"
     copies = "remove copies, or lower validation.min_unique_share"
     return [

@@ -297,7 +297,7 @@ def evaluate(
         context, _ = model.view_sizes("own", likelihood)
         is_scored = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
-            if view == "own" and is_scored:  # `scores` used the same windows: no second pass
+            if view == "own" and is_scored:  # `scores` was computed with these windows
                 views[view] = scores.nats
             else:
                 views[view] = model.score_view(split, view, likelihood, progress).nats

@@ -169,7 +169,7 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
 def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str, Any]:
     """Return a task's part of the report: accuracy, perplexity and correct answers.
 
-    `nats`, (items,), are losses. `hits`, (items,), is True for each correct answer.
+    `nats`, (items,): loss of each right answer, summed over its tokens. `hits`, (items,): True if correct.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
     loss = ratio_interval(nats, np.ones(len(items)))
@@ -260,7 +260,7 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
 
 
 def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]:
-    """Cut a stream of tokens into blocks that begin `stride` tokens apart. The first token is not scored."""
+    """Cut a stream into blocks that begin `stride` tokens apart. Each token but the first is scored once."""
     tokens, scored = np.array(stream, np.int64), 0
     for start in range(0, len(tokens), stride):
         end = min(start + context, len(tokens))

@@ -49,7 +49,8 @@ class Totals:
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
-    `nats`, (documents,), are losses. `chosen`, (documents,), selects documents; None selects all.
+    `nats`, (documents,), is the loss of each document, summed over its tokens.
+    `chosen`, (documents,), selects documents; None selects all.
     A perplexity that is too large for a float is None.
     """
     scored = totals.tokens > 0

@@ -182,7 +182,7 @@ def format_minutes(minutes: float) -> str:
 
 
 def format_estimate(report: Mapping[str, Any], settings: Estimate) -> str:
-    """Return the estimate of the run of params.yaml as a table for a terminal; `estimate` made `report`."""
+    """Return `report`, the result of `estimate`, as a table for a terminal."""
     rows = [*_cost_rows(report["compact"], settings), *_loss_rows(report)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)

@@ -65,7 +65,7 @@ class Fit(Section):
     draws: tuple[tuple[float, ...], ...]  # constants fitted to each bootstrap resample of the runs
     # log(measured / predicted loss) of the sweep's largest runs, predicted by a fit to its smaller runs
     misses: tuple[float, ...]
-    errors: dict[FormName, float]  # form -> root mean square of the form's misses
+    errors: dict[FormName, float]  # form -> root mean square of such misses with this form
 
 
 class Sweep(Section):

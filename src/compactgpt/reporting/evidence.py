@@ -218,7 +218,7 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
     for quantity, ratio in ratios.items():
         name, source = (
             f"ratio.note_to_gpt2.{quantity}",
-            "the note's model divided by GPT-2 small, both computed",
+            "computed count of the note's model divided by that of GPT-2 small",
         )
         yield Evidence(name, ratio, "share", "computed", NOTE, source, exact=True, report=ESTIMATE)
 

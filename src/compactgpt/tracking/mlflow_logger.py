@@ -113,7 +113,7 @@ class Logger:
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
-        # A restarted process logs a journal from its first line. MLflow stores equal metrics only once.
+        # A restarted process logs the journal from its first line: MLflow stores equal metrics only once.
         self.store.log(copied.run_id, lines)
         if self.run_id:
             self.store.log(self.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])

@@ -24,7 +24,7 @@ from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Co
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
 PIPELINE = "pipeline"  # the MLflow run of a whole pipeline has this value as its tag `stage`
-AFTER = "after"  # name of the folder with copies of dvc.lock, reports and other files after the end of `dvc`
+AFTER = "after"  # name of the folder with copies of dvc.lock, reports and more, made when `dvc` has ended
 OUTCOME = "outcome.json"
 COMMIT_SECONDS = 30.0  # after an experiment's last stage, wait this long for DVC's commit
 SKIPPED, NOT_REACHED = "skipped", "not reached"
@@ -106,7 +106,7 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return the folder or commit with dvc.lock as `dvc` left it; None if DVC may still commit."""
+        """Return the folder or git commit with the final dvc.lock; None if DVC may still make the commit."""
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")

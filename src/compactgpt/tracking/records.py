@@ -93,8 +93,8 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(Path(folder))
     if place.read(LOCK) is None:
         raise MissingInput(
-            f"{name} has no dvc.lock: the stage was run by hand, or its `dvc` process has not ended "
-            "(after the end, `compactgpt sync` copies dvc.lock)"
+            f"{name} has no dvc.lock: the stage was run without `dvc`, or `dvc` has not ended (then wait, "
+            "and run `compactgpt sync`)"
         )
     commit, diff = tags.get("git.commit", ""), place.read(DIFF) or b""
     return Version(
