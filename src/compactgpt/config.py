@@ -144,7 +144,7 @@ class Validation(Section):
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
     mostly: Share  # share of documents that must meet an expectation about single documents
-    # If there are more documents, a sample of about this many is checked. Below 1000 it could be empty.
+    # If there are more documents, a random sample of about this many is checked; a small one could be empty.
     max_rows: Annotated[int, Field(ge=1000)]
 
 
@@ -256,7 +256,7 @@ class Likelihood(Section):
     ] = ()  # more ways to cut the text into windows; each neural model has a score for each
     batch_size: PositiveInt  # windows in one forward pass
     own_context: PositiveInt  # tokens in a window of `views`, if the model's context is not shorter
-    stride_share: PositiveShare  # with view strided: step between windows, divided by their length
+    stride_share: PositiveShare  # for the view `strided`: step between windows, divided by their length
 
 
 class Source(Section):

@@ -99,7 +99,10 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     change = partial(set_values, settings=settings)
     content, changes = edit_params(params_file, change, f"the proposed {params_file}")
     added = [words for words in additions if words]
-    messages += [f"dvc add {shlex.join(words)}: DVC tracks text only in {FOLDER}/" for words in added]
+    messages += [
+        f"the text is copied to {FOLDER}/, where the pipeline reads it: dvc add {shlex.join(words)}"
+        for words in added
+    ]
     return Plan(messages, added, changes, content)
 
 

@@ -85,7 +85,7 @@ def gate(
     """Check the model against an accepted model.
 
     A metric worse than its limit gives exit code 3.
-    With --accept and without --promote, only write the present metrics to the file of --against.
+    With --accept alone, checks nothing, and writes the present metrics to the file of --against.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params

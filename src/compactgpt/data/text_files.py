@@ -34,7 +34,7 @@ _ANY_RATIO_BYTES = 2**24  # up to this size, decompressed content may exceed max
 
 
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
-    """Return the files that match `download.files.patterns` in the folder `root` as a corpus.
+    """Return a corpus of the files that match `download.files.patterns`, in the project folder `root`.
 
     Logs which files in corpus/ are not read. Raises MissingInput if no file matches.
     """

@@ -81,7 +81,7 @@ def pack_documents(
 ) -> TokenFile:
     """Return a TokenFile in memory, with an end-of-text token after each document.
 
-    A document is (16-byte id, length in UTF-8 bytes, token ids).
+    A document is (16-byte id, length in UTF-8 bytes, token ids). Nothing is written to `path`.
     """
     rows = list(documents)
     closed = [np.append(tokens, eot_token) for _, _, tokens in rows]

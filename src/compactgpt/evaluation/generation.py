@@ -157,7 +157,7 @@ def choose_prompts(
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """Return all prompts, and the tokens of the human continuations.
 
-    Only a prompt from a document has a human continuation: the next `max_new_tokens` tokens of the document.
+    Only a prompt from a document has a human continuation: the document's next `text.max_new_tokens` tokens.
     Raises BadConfig if fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens

@@ -46,7 +46,7 @@ def run_sweep(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Train and score the runs of the sweep `name` that its file `path` does not have yet.
+    """Train and score the runs of the sweep `name` whose results are not yet in the file `path`; add them.
 
     `settings` are changes of params.yaml, `key=value`. `folder` keeps training states and models.
     Raises Busy if the user stops a run; the next call resumes the run.

@@ -245,7 +245,7 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
         low, high = math.log(first[0][0]), math.log(first[0][1])
     else:
         low, high = first[0][0] / first[1][1], first[0][1] / first[1][0]
-    # The last claim agrees if its interval contains the calculated interval, or lies inside it.
+    # The claim `last` agrees if one of the two intervals, its own and (low, high), lies inside the other.
     contains_last = relate(*last, low, high) == "inside"
     relation = "inside" if contains_last else relate(low, high, *last)
     shared = min(high, last[1]) - max(low, last[0])

@@ -24,7 +24,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the table `note` -> id of the compact model's value, without the beginning `compact.`
+# Row of the table `note` -> id of the compact model's value in the evidence, without its prefix `compact.`
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",

@@ -52,7 +52,7 @@ class RunFolder:
         return [file for folder in found if (file := JournalFile(folder)).start]
 
     def stages(self) -> list[JournalFile]:
-        """Return the journals that belong to a stage, the oldest journal first."""
+        """Return the journals of all stages in this folder, without the pipeline's own; the oldest first."""
         return [file for file in self.journals() if file.start["stage"] != PIPELINE]
 
     @cached_property

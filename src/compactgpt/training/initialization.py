@@ -120,8 +120,9 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
     logs -= (logs * smooth).sum() / smooth.sum()  # the mean of `logs` over the train split is now 0
-    # The last layer norm scales each position's vector, the added vector included, to length sqrt(C). This
-    # is the length of the added vector after the scaling:
+    # The last layer norm scales each position's vector to length sqrt(C). Before, it is the sum of a
+    # part of length 1 and the added vector of length `strength`, about at right angles. Afterwards, the
+    # length of the added vector is:
     normed_length = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
     # The token embedding is also the head. Its product with the added vector is then the log frequency.
     model.wte.weight += torch.from_numpy(logs / normed_length).float()[:, None] * direction
