@@ -67,11 +67,13 @@ def init_corpus(
         return
     apply_plan(plan, PARAMS)
     copies = [f"{target}.dvc" for _, _, target, *_ in plan.additions]
-    _show_next(f"; dvc remove --outs {shlex.join(copies)}" if copies else "")
+    added = shlex.join(copies)
+    # `dvc add` stages a .dvc file in git, and `dvc remove` does not unstage it.
+    _show_next(f"; dvc remove --outs {added}; git reset -q -- {added}" if copies else "")
 
 
 def _show_next(remove: str = "") -> None:
-    """Print the next command, and the commands of an undo, among them the shell command `remove`."""
+    """Print the next command, and the commands of an undo, among them the shell commands `remove`."""
     with suppress(UserError):  # not in a git repository
         if git_text(Path(), "status", "--porcelain", LOCK):
             echo(f"git lacks your last results; to be able to return: git commit -m results {LOCK} reports")
