@@ -53,7 +53,7 @@ def test_a_lock_with_conflict_markers_is_left_to_the_user_with_advice_that_works
     before = lock.read_bytes()
     for command, error, message in (
         ("repair", BadData, "dvc.lock has conflict markers of an unresolved merge: keep one side"),
-        ("estimate", BadConfig, "params.yaml has conflict markers of an unresolved merge: delete the markers"),
+        ("estimate", BadConfig, "params.yaml has conflict markers of an unresolved merge: delete"),
     ):
         done = CliRunner().invoke(app, [command])
         assert (done.exit_code, message in done.output) == (error.exit_code, True)
