@@ -24,6 +24,7 @@ app = typer.Typer()
 
 MODEL = "models/compact"
 PIECE = 1000  # `evaluate` splits a long text into documents of about this many characters
+LONG = 5 * PIECE  # characters of the longest text that stays one document
 FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # metric -> its number of digits after the point
 MODELS = "A folder, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
 ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
@@ -168,7 +169,7 @@ def evaluate(
         if scores[one.name].loss > math.log(one.encoding.n_vocab):
             echo(f"{one.name} predicts this text worse than a random guess: it was trained on other text")
     if not score.intervals:
-        echo(f"no intervals: they need several files, or one file of over {5 * PIECE:,} characters")
+        echo(f"no intervals: they need several files, or one file of over {LONG:,} characters")
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
@@ -177,7 +178,7 @@ def _cut(text: str, name: str) -> tuple[list[str], str]:
     from compactgpt.data.splitting import split_text
 
     auto = Files.model_construct(
-        split="auto", heading=None, split_characters=PIECE, split_over_characters=5 * PIECE
+        split="auto", heading=None, split_characters=PIECE, split_over_characters=LONG
     )
     pieces = list(split_text(io.BytesIO(text.encode()), name, auto, sys.maxsize))
     cut = pieces[0].cut if pieces else ""

@@ -30,6 +30,7 @@ from compactgpt.tracking.dvc_files import (
     open_repo,
     outs,
     params_sha256,
+    pipeline_stages,
     read_entries,
 )
 
@@ -98,7 +99,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
     entries_of(Folder(root).read(LOCK))  # raises UserError if dvc.lock has a path outside the project
     compared = set()
     with open_repo(root) as repo:
-        for stage in (one for one in repo.index.stages if one.cmd):  # skip .dvc files: they have no command
+        for stage in pipeline_stages(repo):
             compared.add(stage.name)
             if stage.cmd_changed:
                 found.differences.append(f"{LOCK}: {stage.name}: cmd differs from dvc.yaml: run `dvc repro`")

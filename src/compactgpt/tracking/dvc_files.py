@@ -324,12 +324,19 @@ def open_repo(root: Path) -> Iterator[Any]:
         raise BadData(f"DVC can't read {STAGES} or {LOCK} in {root}: {error}") from error
 
 
+def pipeline_stages(repo: Any) -> list[Any]:
+    """Return the stages of dvc.yaml.
+
+    DVC's index also has each .dvc file, such as corpus/input.txt.dvc: a stage without command and name.
+    """
+    return [stage for stage in repo.index.stages if stage.cmd]
+
+
 def stages_before(root: Path, name: str) -> list[str]:
     """Return the stages on which the stage `name` depends, in the order in which DVC runs them."""
     from dvc.repo.reproduce import plan_repro
 
     with open_repo(root) as repo:
-        # A .dvc file, such as corpus/input.txt.dvc, is a stage without a command and without a name.
-        wanted = [stage for stage in repo.index.stages if stage.cmd and stage.name == name]
+        wanted = [stage for stage in pipeline_stages(repo) if stage.name == name]
         plan = [stage.name for stage in plan_repro(repo.index.graph, wanted) if stage.cmd]
         return [stage for stage in plan if stage != name]

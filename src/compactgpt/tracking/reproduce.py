@@ -30,6 +30,7 @@ from compactgpt.tracking.dvc_files import (
     md5_path,
     open_repo,
     outs,
+    pipeline_stages,
 )
 from compactgpt.tracking.journal import numbers
 from compactgpt.tracking.records import WORKSPACE, Version, changed_environment, find_version, version_here
@@ -200,7 +201,7 @@ def _stage_commands(tree: Path) -> dict[str, str]:
         for one in (*repo.index.outs, *repo.index.deps):
             name = os.path.relpath(one.fs_path, tree) if one.protocol == "local" else f"/{one.def_path}"
             inside(tree, name)
-        return {stage.name: str(stage.cmd) for stage in repo.index.stages if stage.cmd}
+        return {stage.name: str(stage.cmd) for stage in pipeline_stages(repo)}
 
 
 def _copy_downloads(root: Path, tree: Path) -> None:
