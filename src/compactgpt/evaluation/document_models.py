@@ -181,15 +181,15 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
         ids = np.full(len(stream), -1)
         ids[ends] = inverse
     orders = []
-    contexts = V  # number of n-grams that are one token shorter
+    num_contexts = V  # the context of a bigram is one token
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
             # Kneser-Ney: the count of a shorter n-gram is the number of different tokens that precede it.
             before = np.bincount(found[place + 1][2], minlength=len(keys))
             # No token precedes an n-gram that begins with end-of-text: its number of occurrences is kept.
             counts[before > 0] = before[before > 0]
-        orders.append(_Order(keys, *_discount(counts, keys // V, contexts)))
-        contexts = len(keys)
+        orders.append(_Order(keys, *_discount(counts, keys // V, num_contexts)))
+        num_contexts = len(keys)  # these n-grams are the contexts of the next order
     weights, backoff = _discount(np.bincount(found[0][2], minlength=V), np.zeros(V, np.int64), 1)
     return NgramModel(weights + backoff / V, orders, int(offsets[-1]))
 

@@ -168,7 +168,6 @@ def choose_prompts(
             "need 2: lower evaluation.text.prompt_tokens or max_new_tokens"
         )
     chosen = np.linspace(0, len(long_enough) - 1, min(text.documents, len(long_enough))).astype(int)
-    # A prompt of params.yaml has no document.
     samples: list[dict[str, Any]] = [{"prompt": prompt, "document": None} for prompt in text.prompts]
     human = []
     for document in long_enough[chosen].tolist():

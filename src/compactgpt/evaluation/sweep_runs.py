@@ -75,9 +75,9 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and the finished runs to train a second time.
+    """Return the unfinished runs, and the finished runs to train again.
 
-    The second training makes the weights that an unfinished run starts from, and that `folder` lacks.
+    A finished run is trained again if an unfinished run starts from its weights, but `folder` lacks them.
     """
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}

@@ -48,10 +48,9 @@ def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
 
 
 def ends_in_loop(tokens: Tokens) -> bool:
-    """Return whether a text ends with the same phrase three times in a row."""
+    """Return whether a text ends with the same phrase, of two or more tokens, three times in a row."""
     text = list(tokens)
-    # `size` is the length of the phrase: at least 2, at most a third of the text.
-    return any(text[-size:] * 3 == text[-size * 3 :] for size in range(2, len(text) // 3 + 1))
+    return any(text[-length:] * 3 == text[-length * 3 :] for length in range(2, len(text) // 3 + 1))
 
 
 def zipf(texts: Sequence[Tokens]) -> float | None:

@@ -65,7 +65,6 @@ def _expected_loss(
 
 
 def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
-    """Return the number of tokens of the train split; None if it is unknown."""
     if sweep and sweep.corpus == corpus_settings(params):
         return sweep.train_tokens
     download = params.download
@@ -201,7 +200,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     unknown = f"unknown: only the pipeline counts the tokens of the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
-    counted = "with attention, but without the logits that head sampled does not compute"
+    counted = "with attention; if training.head is sampled, with the logits of the sample only"
     yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"

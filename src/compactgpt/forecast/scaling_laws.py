@@ -122,7 +122,7 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
     Of two equally near ones, it is the one with the same `optimizer`. The 80 % interval is the range of the
     laws' losses, widened by the laws' error.
     """
-    # Powers of ten between the FLOPs of two runs, rounded: the last bits must not decide which is nearest.
+    # Rounded, so that floating-point errors do not make equal distances different.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
     nearest = min(anchors, key=lambda anchor: (distances[anchor.name], anchor.optimizer != optimizer))
     guess = math.log(vocab_size)
@@ -142,9 +142,10 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
         high_80=bound(high + width),
         low_95=bound(low - 2 * width),
         high_95=bound(high + 2 * width),
-        basis=f"scaling laws through the run {nearest.name} ({nearest.corpus}, loss {nearest.loss}, compute "
-        f"10^{distances[nearest.name]:.2f} times more or less); the 80 % interval is their range, widened by "
-        f"{width:.3f} nats because of their error on {largest.name}; the 95 % interval twice as much",
+        basis=f"scaling laws, scaled to the loss of the run {nearest.name} ({nearest.corpus}, loss "
+        f"{nearest.loss}, compute 10^{distances[nearest.name]:.2f} times more or less); the 80 % interval is "
+        f"the range of their predictions, widened on each side by {width:.3f} nats because of their error on "
+        f"{largest.name}; the 95 % interval is widened by twice as much",
     )
 
 
@@ -218,5 +219,4 @@ def calibrate(measured: Sequence[Anchor], vocab_size: int) -> Calibration:
 
 
 def _middle_and_half(rule: ExpectedLoss) -> tuple[float, float]:
-    """Return the middle of the 80 % interval, and half of its width."""
     return (rule.low_80 + rule.high_80) / 2, (rule.high_80 - rule.low_80) / 2

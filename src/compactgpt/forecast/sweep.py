@@ -86,17 +86,17 @@ class Sweep(Section):
 class Form:
     """A form of the scaling law: a sum of terms such as A / N^a.
 
-    The logarithm of a term is a weighted sum of constants: log A has weight 1, and a has weight -log N.
+    The logarithm of a term is a sum of constants, each multiplied by a factor: log A by 1, and a by -log N.
     """
 
     formula: str
-    factors: Callable[[float, float], list[list[float]]]  # (log N, log D) -> weights by term and constant
+    factors: Callable[[float, float], list[list[float]]]  # (log N, log D) -> factors, (terms, constants)
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return the logarithm of the predicted loss for each row of `constants`, a set of constants."""
+        """Return log(predicted loss) for one set of constants, (constants,), or many, (sets, constants)."""
         factors = np.array(self.factors(math.log(num_params), math.log(tokens)))
-        log_terms = np.asarray(constants) @ factors.T  # (rows, terms)
+        log_terms = np.asarray(constants) @ factors.T  # (terms,) or (sets, terms)
         log_losses: Floats = np.logaddexp.reduce(log_terms, axis=-1)
         return log_losses
 
@@ -129,7 +129,7 @@ def _fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[fl
     from scipy.special import softmax
 
     by_run = [form.factors(math.log(run.num_params), math.log(run.tokens)) for run in runs]
-    factors = np.array(by_run)  # weights: (runs, terms, constants)
+    factors = np.array(by_run)  # (runs, terms, constants)
     measured = np.log([run.loss for run in runs])
 
     def residuals(constants: Floats) -> Any:
@@ -175,10 +175,10 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 
 
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
-    """Return log(measured / predicted loss) of the runs with the most tokens, then of the largest models.
+    """Return log(measured / predicted loss) of the runs with the most tokens, then the most parameters.
 
-    A fit to the runs with fewer tokens, or smaller models, predicts these losses. Returns an empty list if
-    there are too few such runs for a fit.
+    In both cases, a fit to the other runs predicts the losses. Returns an empty list if the other runs are
+    too few for a fit.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -248,8 +248,9 @@ def recipe(params: Params) -> dict[str, Any]:
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     """Return the section `ladder` of reports/estimate.json.
 
-    `differs` lists the settings with another value in `params` than in the sweep, and `corpus` for another
-    text. If the list is not empty, `expected_loss` is null. Raises BadData if the sweep has no fit.
+    `differs` lists the settings that must be equal in `params` and in the sweep, but are not. Its item
+    `corpus` means that the texts differ. If the list is not empty, `expected_loss` is null.
+    Raises BadData if the sweep has no fit.
     """
     fit, run = sweep.fit, run_of(params.model, params.training)
     if fit is None:
