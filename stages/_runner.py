@@ -143,7 +143,8 @@ def _require_unchanged(
     stage: str, definition: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran."""
-    # Check here: after the command, DVC would record changed dependencies as used (treeverse/dvc#11058).
+    # DVC hashes the dependencies after the command: it would record a changed file as the one that the
+    # command used (treeverse/dvc#11058).
     new_params, new_files = _read_params(definition), _read_files(definition)
     changed = [
         f"{key} ({old} -> {new})"
@@ -162,11 +163,11 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return a message: the stage's number, and the minutes until the last stage ends, from earlier runs."""
+    """Return a message: the stage's number, and the minutes that this and later stages took before."""
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
     minutes = sum(float(file.read_text()) for file in files) / 60
-    left = f", about {minutes:,.0f} min left if every later stage runs" if minutes >= 0.5 else ""
+    left = f", earlier runs took {minutes:,.0f} min from here" if minutes >= 0.5 else ""
     return f"stage {position + 1} of {len(stages)}: {stage}{left}"
 
 

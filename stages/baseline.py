@@ -38,14 +38,15 @@ def main(
         split = scored_split(open_tokens(Path("data/tokens/val.tokens")), encoding, likelihood)
         train = Path("data/tokens/train.tokens")
         model = load_baseline(name, params, encoding, train, state_folder())
-        progress = stage.progress("done")
+        is_neural = isinstance(model, NeuralModel)
+        progress = stage.progress("windows" if is_neural else "documents")
         found = evaluate(model, split, encoding, likelihood, progress)
         write_totals(Path(f"data/baseline/{name}.parquet"), found)
         report = summarize(name, model, found, split, likelihood)
         report["model"]["label"] = params.baseline.specs[name].label or name
         if isinstance(model, NeuralModel):
-            report["text"] = generate_texts(model, split, encoding, settings.text, progress)
-            report["tasks"] = run_tasks(model, split, encoding, settings.tasks, progress)
+            report["text"] = generate_texts(model, split, encoding, settings.text, stage.progress("texts"))
+            report["tasks"] = run_tasks(model, split, encoding, settings.tasks, stage.progress("tasks"))
         stage.report(Path(f"reports/baseline/{name}.json"), report)
 
 

@@ -195,10 +195,10 @@ def test_dvc_ignores_the_same_files_inside_a_dependency(tmp_path):
     assert not is_ignored("#1.txt")
 
 
-def test_a_stage_prints_its_position_and_the_time_that_is_left(chain):
+def test_a_stage_prints_its_position_and_the_time_of_earlier_runs(chain):
     names = read_yaml(chain / "params.yaml")["baseline"]["names"]
     position = f"stage 2 of {2 + len(names)}: training"
     assert run().output == f"{position}\n"
     for stage in ("training", *(f"baseline@{name}" for name in names)):
         write(f".state/seconds/{stage}", "60")
-    assert f"{position}, about {1 + len(names)} min left" in run().output
+    assert f"{position}, earlier runs took {1 + len(names)} min from here" in run().output

@@ -201,7 +201,7 @@ def _load_folder(name: str, folder: Path) -> Model:
         if len(model.head) != encoding.n_vocab:
             raise BadData(
                 f"{folder} has a vocabulary of {len(model.head):,} tokens, but the tokenizer has "
-                f"{encoding.n_vocab:,}: give the model's folder in the project that trained it"
+                f"{encoding.n_vocab:,}: another project trained this model. Run the command there"
             )
         return Model(name, model, encoding)
     if not (folder / "config.json").exists():

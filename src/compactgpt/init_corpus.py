@@ -273,7 +273,8 @@ def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     # Share of val documents that must be long enough for a prompt and a continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
-    # A quarter of the document for the prompt and one for its continuation, because `tokens` are estimates.
+    # Use a quarter of the document for the prompt and a quarter for the continuation. The other half is a
+    # margin, because `tokens` are estimates.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

@@ -132,7 +132,7 @@ def test_a_task_fails_by_more_lost_answers_than_tolerance_and_chance(lost, won, 
     judged = SETTINGS.model_copy(update={"tolerances": tolerances, "false_alarms": 2**-7})
     (check,) = gate.run_gate(snapshot(tasks=then), snapshot(tasks=now), judged, NOISE).metrics
     chance = scipy.stats.binomtest(lost, lost + won, 0.5, alternative="greater").pvalue
-    says = f"of 100 items {lost} lost, {won} won; p = {chance:.2g}"
+    says = f"of 100 items, {lost} became wrong and {won} right; p = {chance:.2g}"
     now, fall = (50 - lost + won) / 100, pytest.approx((lost - won) / 100)
     assert check == Check("accuracy.wikitext.2", status, says, 0.5, now, fall, None, tolerance)
 
@@ -142,7 +142,7 @@ def test_a_task_fails_by_more_lost_answers_than_tolerance_and_chance(lost, won, 
     [
         (
             {"fingerprint": {"val": "f" * 64, "window": 8}},
-            "val aaaaaaaaaaaa -> ffffffffffff. Restore the old values",
+            "val aaaaaaaaaaaa -> ffffffffffff",
         ),
         ({"documents": documents(29)}, "the reference has documents that are missing now"),
         ({"tasks": {"cloze": {"items_sha256": "d", "hits": "1100" * 25}}}, "the task's items changed"),

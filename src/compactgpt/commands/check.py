@@ -73,7 +73,7 @@ def gate(
     ] = ACCEPTED,
     accept: Annotated[str, typer.Option(metavar="REASON", help="Make reports/ the new reference.")] = "",
     bench: Annotated[
-        Path | None, typer.Option(help="Check the training speed in a file of benchmarks/training.py --json.")
+        Path | None, typer.Option(help="Check the training speed that benchmarks/training.py --json wrote.")
     ] = None,
     promote: Annotated[
         bool, typer.Option("--promote", help="If the gate passes, make the model champion in MLflow.")
@@ -105,7 +105,8 @@ def gate(
     formats.publish(verdict, markdown, junit)
     if not passed:
         if not as_json:
-            echo("next: compactgpt diff HEAD workspace; to accept the model: compactgpt gate --accept REASON")
+            echo("next: compactgpt diff HEAD workspace")
+            echo(f"to make this model the reference in {ACCEPTED}: compactgpt gate --accept REASON")
         raise typer.Exit(CheckFailed.exit_code)
     if promote:
         echo(f"version {references.promote(Path(), accept)} is the champion")

@@ -16,6 +16,7 @@ import typer
 from compactgpt.commands.options import PARAMS, AsJson, ParamsFile
 from compactgpt.common.console import ProgressBar, echo, report
 from compactgpt.common.errors import BadData, MissingInput, printable
+from compactgpt.common.storage import read_json
 
 if TYPE_CHECKING:
     from compactgpt.api import Model, Score
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 MODEL = "models/compact"
+EVALUATION = Path("reports/evaluation.json")
 PIECE = 1000  # `evaluate` splits a long text into documents of about this many characters
 LONG = 5 * PIECE  # characters of the longest text that stays one document
 FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # metric -> its number of digits after the point
@@ -73,12 +75,12 @@ def generate(
 
 
 def _load(names: Sequence[str], params_file: Path) -> list["Model"]:
-    """Load models. On a terminal, report each name: a baseline takes half a minute to load."""
+    """Load models. Report each name but MODEL: a baseline takes half a minute to load."""
     from compactgpt.api import load
 
     models = []
     for name in names:
-        if sys.stderr.isatty():
+        if name != MODEL:
             report(f"loading {name} ...")
         models.append(load(name, params_file=params_file))
     return models
@@ -168,6 +170,9 @@ def evaluate(
     for one in models:
         if scores[one.name].loss > math.log(one.encoding.n_vocab):
             echo(f"{one.name} predicts this text worse than a random guess: it was trained on other text")
+    if MODEL in scores and EVALUATION.exists():
+        own = read_json(EVALUATION)["loss"]["value"]
+        echo(f"for comparison: {MODEL} has {own:.3f} nats per token on its own val documents ({EVALUATION})")
     if not score.intervals:
         echo(f"no intervals: they need several files, or one file of over {LONG:,} characters")
 

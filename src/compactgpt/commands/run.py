@@ -48,7 +48,7 @@ def estimate(settings: Settings = None, as_json: AsJson = False) -> None:
 @app.command()
 def init_corpus(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files or folders of text.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Change the files without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Write the files without asking.")] = False,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Maximum training time (default: 60).")
     ] = None,
@@ -73,10 +73,10 @@ def init_corpus(
 
 
 def _show_next(remove: str = "") -> None:
-    """Print the next command, and the commands of an undo, among them the shell commands `remove`."""
+    """Print the next command, and the commands that undo this one. `remove` is added to the latter."""
     with suppress(UserError):  # not in a git repository
         if git_text(Path(), "status", "--porcelain", LOCK):
-            echo(f"git lacks your last results; to be able to return: git commit -m results {LOCK} reports")
+            echo(f"your last results are not in git; to keep them: git commit -m results {LOCK} reports")
     echo(f"next: make repro\nto undo: git checkout HEAD -- {PARAMS} {LOCK} reports{remove}; make repro")
 
 

@@ -5,6 +5,7 @@ Shapes: B windows, T tokens, C channels, V tokens of the vocabulary, N targets (
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -93,6 +94,7 @@ class NeuralModel:
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
         """Return the per-document losses. Each window covers as much text as `window` GPT-2 tokens."""
+        progress = partial(progress, figures={"context": f"{window:,} tokens"})
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(
@@ -105,8 +107,11 @@ class NeuralModel:
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
         windows = cut_windows(streams, context)
+        shown = f"{context:,} tokens"
         if view == "strided":
             windows = strided_windows(streams, context, stride)
+            shown += ", overlapping"
+        progress = partial(progress, figures={"context": shown})
         return self._sum_by_document(split, windows, stride, progress)
 
     def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:

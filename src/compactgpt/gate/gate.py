@@ -127,6 +127,8 @@ def run_gate(
     verdict = Verdict(then.name, then.reason)
     same_text = _check_fingerprint(then, now)
     verdict.guards.extend([same_text, _check_parameters(differences)])
+    if same_text.status == "fail":  # numbers on different text can't be compared
+        return verdict
     verdict.guards.extend(_check_baselines(then, now, settings, explained=bool(differences)))
     verdict.guards.append(Check("noise", "info", noise.source))
     if throughput is not None:
@@ -134,9 +136,8 @@ def run_gate(
         says = f"training has {throughput:.2f} times nanoGPT's tokens per second; the minimum is {least:.2f}"
         status: Status = "pass" if throughput >= least else "fail"
         verdict.guards.append(Check("throughput", status, says, least, throughput))
-    if same_text.status == "pass":
-        for check in _check_metrics(then, now, settings, noise):
-            (verdict.watched if check.status == "info" else verdict.metrics).append(check)
+    for check in _check_metrics(then, now, settings, noise):
+        (verdict.watched if check.status == "info" else verdict.metrics).append(check)
     checked = {check.name for check in [*verdict.metrics, *verdict.watched]}
     for name in sorted({*then.figures, *now.figures} - checked):
         verdict.watched.append(Check(name, "info", "", then.figures.get(name), now.figures.get(name)))
@@ -145,7 +146,7 @@ def run_gate(
 
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
     if changes := _compare(then.fingerprint, now.fingerprint):
-        says = f"not comparable: {', '.join(changes)}. Restore the old values, or use --accept"
+        says = f"not comparable: the val split or its windows changed ({', '.join(changes)})"
         return Check("validation", "fail", says)
     if not set(then.documents.ids) <= set(now.documents.ids):
         return Check("validation", "fail", "not comparable: the reference has documents that are missing now")
@@ -293,6 +294,6 @@ def _check_accuracy(then: Snapshot, now: Snapshot, name: str, tolerance: float, 
     p_value = mcnemar_one_sided(lost, won)
     fall = (lost - won) / len(pairs)
     status: Status = "pass" if fall <= tolerance else "fail" if p_value <= level else "warn"
-    says = f"of {len(pairs):,} items {lost} lost, {won} won; p = {p_value:.2g}"
+    says = f"of {len(pairs):,} items, {lost} became wrong and {won} right; p = {p_value:.2g}"
     share_before, share_now = (each["hits"].count("1") / len(pairs) for each in (before, after))
     return Check(name, status, says, share_before, share_now, fall, None, tolerance)

@@ -63,7 +63,7 @@ class _Reference(Section):
     documents: _Rows
     figures: dict[str, float]
     params: dict[str, Any]
-    fingerprint: dict[str, Any] = Field(alias="ruler")  # wording: quoted
+    fingerprint: dict[str, Any] = Field(alias="ruler")  # the key in existing files  wording: quoted
     tasks: dict[str, dict[str, str]]
 
 
