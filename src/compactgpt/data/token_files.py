@@ -84,11 +84,12 @@ def pack_documents(
     A document is (16-byte id, length in UTF-8 bytes, token ids). Nothing is written to `path`.
     """
     rows = list(documents)
-    closed = [np.append(tokens, eot_token) for _, _, tokens in rows]
-    joined = np.concatenate([np.empty(0, np.int64), *closed])
+    dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
+    closed = [np.append(tokens, eot_token).astype(dtype) for _, _, tokens in rows]
+    joined = np.concatenate([np.empty(0, dtype), *closed])
     ids = b"".join(document_id for document_id, _, _ in rows)
     header = Header(
-        dtype="uint16" if vocab_size <= 2**16 else "uint32",
+        dtype=dtype,
         tokens=len(joined),
         documents=len(rows),
         vocab_size=vocab_size,
@@ -98,7 +99,7 @@ def pack_documents(
     return TokenFile(
         path,
         header,
-        joined.astype(header.dtype),
+        joined,
         np.cumsum([0, *map(len, closed)], dtype=np.int64),
         np.array([byte_length for _, byte_length, _ in rows], np.int64),
         np.frombuffer(ids, np.uint8).reshape(-1, 16),
