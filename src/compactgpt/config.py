@@ -144,14 +144,14 @@ class Validation(Section):
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
     mostly: Share  # share of documents that must meet an expectation about single documents
-    # If there are more documents, a random sample of about this many is checked; a small one could be empty.
+    # If there are more documents, a random sample of about this many is checked. The minimum, 1000,
+    # prevents an empty sample.
     max_rows: Annotated[int, Field(ge=1000)]
 
 
 class Tokenization(Section):
-    val_fraction: Annotated[
-        float, Field(gt=0, lt=1)
-    ]  # val's share of the documents (split `hash`) or of the bytes (`tail`)
+    # val's share of the documents (split `hash`) or of the bytes (split `tail`)
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split: Literal["hash", "tail"] = "hash"  # val: texts chosen by their hash, or the corpus's end
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"  # both give the same token ids
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster
@@ -233,7 +233,9 @@ class Training(Section):
     head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or over a sample of it
     sample_tokens: PositiveInt = 4096  # with head sampled: expected size of a step's vocabulary sample
     sample_power: Share = 0.75  # a token's sampling weight is its count in train to this power
-    init_unigram: NonNegativeFloat = 0.0  # above 0: before step 1, logits are near log token frequencies
+    # Above 0: before step 1, the logits are near the tokens' log frequencies. For this, one vector is added
+    # to all position embeddings. The vector is this many times as long as a token + position embedding.
+    init_unigram: NonNegativeFloat = 0.0
     init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoidal initial position embeddings; 0: random
     position_learning_rate: PositiveFloat | None = None  # None: embedding_learning_rate is used
     launcher: Launcher = Launcher()
@@ -244,16 +246,18 @@ class Training(Section):
         if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
             yield f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}"
         if (self.init_from == SCRATCH) != (not self.init_sha256):
-            rule = f"empty for {SCRATCH}, else the folder's hash (write 64 zeros: stage training prints it)"
+            rule = (
+                f"empty for {SCRATCH}, else the hash of the folder: if you do not know the hash, write "
+                "64 zeros, and the error of stage training shows the hash"
+            )
             yield f"init_from is {self.init_from}: init_sha256 ({self.init_sha256 or 'empty'}) must be {rule}"
 
 
 class Likelihood(Section):
     document_tokens: PositiveInt | None = None  # tokens scored from each document's start; None: all
     window: PositiveInt  # number of GPT-2 tokens in a window; all neural models get the same windows of text
-    views: tuple[
-        View, ...
-    ] = ()  # more ways to cut the text into windows; each neural model has a score for each
+    # More ways to cut the text into windows; each neural model has a score for each.
+    views: tuple[View, ...] = ()
     batch_size: PositiveInt  # windows in one forward pass
     own_context: PositiveInt  # tokens in a window of `views`, if the model's context is not shorter
     stride_share: PositiveShare  # for the view `strided`: step between windows, divided by their length

@@ -91,7 +91,7 @@ class Experiment(Part):
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
     comparisons: tuple[Comparison, ...] = ()  # of groups of this sweep, or of the sweep `seeds`
-    texts: tuple[TextComparison, ...] = ()  # of the generated texts in reports/
+    texts: tuple[TextComparison, ...] = ()  # comparisons of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):

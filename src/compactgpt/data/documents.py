@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One text of a corpus. `download` leaves out short, long and repeated texts later."""
+    """One text of a corpus, before `download` leaves out empty, short, long and repeated texts."""
 
     text: str
     source: str

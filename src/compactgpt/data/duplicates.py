@@ -148,7 +148,8 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Keep only some train documents of each n-gram: all documents with one licence would fill memory.
+            # Keep only some train documents of each n-gram: a common text, such as a licence, is in so many
+            # documents that the hits of its n-grams would fill the memory.
             is_kept = of_val | (num_owners[hits["ngram"]] < _OWNERS_PER_NGRAM)
             np.add.at(num_owners, hits["ngram"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.

@@ -180,7 +180,8 @@ def check_sources(params: Params) -> None:
     Raises MissingInput if a local file is missing, BadConfig if a model folder has a wrong hash or the hub
     lacks a commit, and Unreachable if the hub does not answer.
     """
-    # Value of the option -S that sets a local copy -> the hub's (kind of repository, owner/name, commit).
+    # What the hub must have: (kind of repository, owner/name, commit). The key is the value of the option -S
+    # with which the user can give a local copy instead.
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]

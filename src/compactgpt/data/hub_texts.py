@@ -29,7 +29,7 @@ class _Position(NamedTuple):
 
 class _Row(NamedTuple):
     number: int  # from 1
-    before: Any  # saved state of the `datasets` iterator, in which this row is its next row
+    before: Any  # state of the `datasets` iterator just before it yields this row
     text: str
 
 

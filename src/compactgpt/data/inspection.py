@@ -103,7 +103,6 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
 
 
 def _count_tokens(split: TokenFile) -> dict[str, Any]:
-    """Return the highest token id, and the numbers of missing and misplaced end-of-text tokens."""
     eot, highest, num_ends = split.header.eot_token, 0, 0
     for start in range(0, len(split.tokens), _TOKENS_AT_ONCE):
         part = split.tokens[start : start + _TOKENS_AT_ONCE]
@@ -131,7 +130,6 @@ def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
 def _count_repetition(
     documents: int, twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection
 ) -> dict[str, Any]:
-    """Return the counts and shares of repeated documents for the report."""
     leaked = overlap["score"] >= params.leaked_overlap
     leaked |= overlap["document"].isin(twins[twins["across"]]["document"])
     near_duplicates = twins["document"].nunique()

@@ -69,7 +69,6 @@ def load_encoding(folder: Path) -> tiktoken.Encoding:
 
 
 def _gpt2_encoding(encoder_json: bytes) -> tiktoken.Encoding:
-    """Return GPT-2's tiktoken encoding, given the content of encoder.json."""
     table = unicode_to_bytes()
     try:
         ids = json.loads(encoder_json)
@@ -139,7 +138,6 @@ class GigatokenEncoder:
         self._load_gigatoken()
 
     def _load_gigatoken(self) -> None:
-        """Load gigatoken without any words in its memory."""
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:

@@ -77,7 +77,6 @@ def _hash(text: str) -> str:
 
 
 def _normalised_hash(text: str) -> str:
-    """Return a hash of a text that ignores case and white space."""
     return _hash("".join(text.split()).casefold())
 
 
