@@ -51,7 +51,7 @@ def test_training_starts_from_a_model_of_ours_in_both_formats(tmp_path, save):
 
 def test_other_weights_or_shapes_than_params_name_are_refused(gpt2, tmp_path):
     _, folder = gpt2
-    with pytest.raises(BadConfig, match=rf"init_sha256: found 0+, .* holds {folder_sha256(folder)}"):
+    with pytest.raises(BadConfig, match=rf"init_sha256 is 0+, but .* is {folder_sha256(folder)}"):
         start_from(folder, tiny_shape(**GPT2), sha256="0" * 64)
     with pytest.raises(MissingInput, match="start from a copy"):
         start_from(tmp_path / "gone", tiny_shape())

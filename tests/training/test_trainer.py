@@ -203,7 +203,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_which_resumes_before_that_s
         broken.setattr(trainer.Trainer, "_accumulate_gradient", poison)
         with pytest.raises(NotFinite) as caught:
             train(params, "poisoned")
-    message = r"step 5 of 6: .* gradient is inf.* batch \(seed 1337, step 4 .* lower training.learning_rate"
+    message = r"step 5 of 6: .* gradient is inf.* \(seed 1337, step index 4\) .* lower training.learning_rate"
     assert re.match(message, str(caught.value))
     resumed = train(params, "poisoned")
     assert resumed.resumed_from == 4

@@ -78,8 +78,8 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         user_error = _user_error_of(error)
         if user_error is None:  # a bug, which needs its traceback
             raise
-        # The main process prints every error. Other processes print only errors that can occur in a single
-        # process: errors of all processes would be printed several times.
+        # The main process prints every error. Other processes print only errors that one process can have
+        # alone: an error that all processes have would be printed several times.
         single_process_errors = BadData | DiskFull | MissingInput | OutOfMemory
         if dist_info().is_main_process or isinstance(user_error, single_process_errors):
             report(f"error: {user_error}")

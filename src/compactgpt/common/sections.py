@@ -128,7 +128,6 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
 
 
 def _keys_at(section: type[Section], path: list[str]) -> list[str]:
-    """Return the keys that are allowed at `path` inside `section`."""
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]

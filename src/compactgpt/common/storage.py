@@ -242,7 +242,7 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
     Returns an empty string if no file differs. With `added_only`, ignores changed and deleted files.
     """
     listed = {folder / name for name in files}
-    # Manifests are not listed: in `folder` or next to a listed file, a manifest is no added file.
+    # `files` has no manifests: ignore a manifest in `folder` or next to a listed file.
     with_manifest = {folder, *(path.parent for path in listed)}
     for path in sorted(folder.rglob("*")):
         if path in listed or (path.name == MANIFEST and path.parent in with_manifest):

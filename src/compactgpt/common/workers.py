@@ -45,7 +45,6 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent process ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

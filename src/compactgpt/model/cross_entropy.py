@@ -127,7 +127,7 @@ def _add_rounded_chunk(
         dw.copy_(_product_in_fp32(e.T, scaled_x))
     else:
         dw.add_(_product_in_fp32(e.T, scaled_x))
-    return s.log()  # -log(e_t / s)
+    return s.log()  # -log(e_t / s), because e_t = exp(0) = 1
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:

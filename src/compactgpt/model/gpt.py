@@ -147,8 +147,9 @@ class GPT(nn.Module):
         `correction`, (K,), is added to the logits of every position.
         """
         table = self.wte.weight if table is None else table
-        # Head and embedding share `table`, so autograd adds two gradients. `expand_as` changes no value, but
-        # records the head first. In the other order, the backward pass copies the head's dense gradient.
+        # Head and embedding share `table`, so autograd adds their gradients. `expand_as` changes no value. It
+        # makes the head's gradient arrive second: on a CPU, autograd then adds the embedding's sparse
+        # gradient to it in place, without a copy.
         head = table.expand_as(table)
         x = self.hidden(tokens, table).flatten(0, 1)  # (B T, C)
         return linear_cross_entropy(x, head, targets.flatten(), correction)

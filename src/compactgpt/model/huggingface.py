@@ -84,7 +84,6 @@ def _hf_state(model: GPT) -> dict[str, Tensor]:
 
 
 def _hf_config(shape: Model) -> dict[str, Any]:
-    """Return the content of config.json, a GPT2Config of transformers."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

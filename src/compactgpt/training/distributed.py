@@ -180,8 +180,9 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
         if isinstance(error, RuntimeError) and is_lost:
             # Do not destroy a broken group: the call may hang, and the process ends anyway.
             raise PeerLost(
-                "another process of this training ended or did not answer: the training continues from its "
-                f"last checkpoint ({str(error).splitlines()[0][:160]})"
+                "another process of this training ended or did not answer: if the training does not restart "
+                "by itself, run the same command again to resume from the last training state "
+                f"({str(error).splitlines()[0][:160]})"
             ) from error
         dist.destroy_process_group()
         raise

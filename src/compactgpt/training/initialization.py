@@ -50,8 +50,8 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
     sha256 = folder_sha256(folder)
     if sha256 != training.init_sha256:
         raise BadConfig(
-            f"training.init_sha256: found {training.init_sha256}, but {folder} holds {sha256}: "
-            "if these are the weights to start from, write this hash into params.yaml"
+            f"training.init_sha256 is {training.init_sha256}, but the hash of {folder} is {sha256}: "
+            "if these are the weights to start from, write the hash of the folder into params.yaml"
         )
     is_ours = (folder / MANIFEST).is_file() and b'"model_type"' not in (folder / "config.json").read_bytes()
     _copy_weights(model, load_model(folder) if is_ours else load_hf(folder), training.init_from)
@@ -120,9 +120,9 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
     logs -= (logs * smooth).sum() / smooth.sum()  # the mean of `logs` over the train split is now 0
-    # The last layer norm scales each position's vector to length sqrt(C). Before, it is the sum of a
-    # part of length 1 and the added vector of length `strength`, about at right angles. Afterwards, the
-    # length of the added vector is:
+    # The input of the last layer norm is a random vector plus the added vector, which is `strength` times as
+    # long and about at right angles. The layer norm scales this sum to length sqrt(C). In its output, the
+    # added vector has this length:
     normed_length = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
     # The token embedding is also the head. Its product with the added vector is then the log frequency.
     model.wte.weight += torch.from_numpy(logs / normed_length).float()[:, None] * direction

@@ -55,7 +55,6 @@ def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
         orthogonalize = partial(
             newton_schulz, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"]
         )
-        # Take the matrices of one shape together: one batched product is faster than many small products.
         for shape, parameters in shapes.items():
             grads = [cast(Tensor, parameter.grad) for parameter in parameters]
             buffers = [muon.state[parameter]["momentum_buffer"] for parameter in parameters]
@@ -144,7 +143,6 @@ class Optimizers:
         return [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
 
     def _init_state(self) -> dict[str, Tensor]:
-        """Create the state tensors of the optimizers, and return them by name."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if self.muon and self._is_muon(name):

@@ -73,7 +73,6 @@ class Callbacks:
     on_row: Callable[[list[Row]], None] = lambda _rows: None
     # The arguments are the step and the model, which the function must not change.
     on_step: Callable[[int, GPT], None] = lambda _step, _model: None
-    # The argument is a warning for the user.
     on_warning: Callable[[str], None] = lambda _message: None
     # `train` calls the function after every step, and stops if the function returns True.
     should_stop: Callable[[], bool] = lambda: False
@@ -126,7 +125,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
             trainer.make_step()
             if trainer.is_report_due():
                 trainer.report(callbacks)
-            # All processes must stop at the same step, because no process may wait for another one.
+            # All processes must stop at the same step: if one stopped alone, the others would wait for it.
             stops = group.any_rank(callbacks.should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
                 trainer.report(callbacks)  # read the last losses, because the state must contain them
@@ -155,7 +154,6 @@ class Trainer:
         self.log_interval = params.runtime.log_interval
         # A GPU keeps its losses until they are reported: to read one, the program must wait for the GPU.
         self.defers_losses = self.device == "cuda"
-        # The windows of the val split on which the validation loss is computed.
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
@@ -332,13 +330,13 @@ class Trainer:
             return
         found = " and the ".join(f"{name} is {number}" for name, number in numbers.items())
         raise NotFinite(
-            f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved, and its "
-            f"batch (seed {self.training.seed}, step {step} from 0) would fail again: in params.yaml "
+            f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved. Its "
+            f"batch (seed {self.training.seed}, step index {step}) would fail again: in params.yaml "
             f"{LOWER_RATES}, then run `dvc repro`"
         )
 
     def add_row(self) -> None:
-        """Add a row to the loss curve; before the last step, save the model if its val loss is the lowest."""
+        """Add a row to the loss curve; save the model if it is the best so far and not the last one."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._check_finite(self.step - 1, {"validation loss": val_loss})
         # All steps have the same number of tokens, so the mean over steps is the mean over tokens.
