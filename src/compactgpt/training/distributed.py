@@ -125,21 +125,23 @@ class Group:
 
         If `work` fails, the main process raises the error, and all other processes exit with code 0.
         """
-        answer: list[Any] = [None, False]  # the result, and whether `work` failed
+        result: Any = None
         failure: Exception | None = None
         if self.is_main_process:
             try:
-                answer[0] = work()
+                result = work()
             except (UserError, OSError) as error:
-                failure, answer[1] = error, True
+                failure = error
+        shared = [result, failure is not None]
         if self.world_size > 1:
-            dist.broadcast_object_list(answer)
+            dist.broadcast_object_list(shared)
         if failure:
             raise failure
-        if answer[1]:
+        result, has_failed = shared
+        if has_failed:
             # Exit with code 0: after another code, torchrun stops the main process before its error message.
             raise SystemExit(0)
-        return cast(T, answer[0])
+        return cast(T, result)
 
 
 @contextmanager
