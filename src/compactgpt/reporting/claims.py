@@ -189,7 +189,8 @@ class Decision:
     """The comparison of a claim with one value, or with other claims."""
 
     source: str  # id of the value in reports/evidence.json, or ids of the claims that were compared
-    low: float  # lower limit of the value's interval; of the interval of `source`, if `source` is claims
+    # Limits of the value's interval, or of the interval that was calculated from the first claims.
+    low: float
     high: float
     relation: Relation  # where the interval (low, high) is, relative to the claimed interval
 

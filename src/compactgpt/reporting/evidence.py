@@ -137,7 +137,6 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
 
 
 def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
-    """Yield all values of reports/evidence.json: estimated, counted, published and measured."""
     note = sources.estimate.note
     yield from _estimated(NOTE, note)
     by_hand = sources.estimate.hand_set_loss
@@ -218,7 +217,7 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
     for quantity, ratio in ratios.items():
         name, source = (
             f"ratio.note_to_gpt2.{quantity}",
-            "computed count of the note's model divided by that of GPT-2 small",
+            "number for the note's model divided by the number for GPT-2 small",
         )
         yield Evidence(name, ratio, "share", "computed", NOTE, source, exact=True, report=ESTIMATE)
 
@@ -310,7 +309,10 @@ def _trained(sources: Sources) -> Iterator[Evidence]:
     }  # fmt: skip
     name, source = f"{COMPACT}.tokens_seen", "reports/training.json"
     yield Evidence(name, sources.training.tokens, "tokens", source=source, exact=True, **about)
-    source = "reports/training.json: mean loss of the last steps; head sampled: over a sample of the tokens"
+    source = (
+        "reports/training.json: mean loss of the last steps, estimated from a sample of the vocabulary if "
+        "training.head is sampled"
+    )
     yield Evidence(f"{COMPACT}.train_loss", sources.training.train_loss, NATS, source=source, **about)
     if losses := sources.seed_losses:
         report, text = "results/seeds.json", f"{sources.download.name} val"

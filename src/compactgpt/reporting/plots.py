@@ -27,7 +27,7 @@ COLOURS = {
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # maximum number of characters in a line of a label
 WIDTH, HEIGHT = 5.6, 3.3  # inches; `_name_rows` sets another height
-LINE_HEIGHT = 0.24  # inches: height of one text line
+LINE_HEIGHT = 0.24  # inches
 Axes = Any
 
 
@@ -87,7 +87,6 @@ def _name_rows(axes: Axes, names: Sequence[str], limits: tuple[float, float]) ->
 
 
 def _shorten(name: str) -> str:
-    """Return the name, or if it is longer than LONGEST_LABEL characters, its beginning and `…`."""
     name = printable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
@@ -126,7 +125,6 @@ def _ratio(view: View, axes: Axes) -> None:
 
 
 def _set_log_axis(view: View, axes: Axes, base: int) -> None:
-    """Make the x axis logarithmic, with ticks at powers of `base`."""
     axes.set_xscale("log", base=base)
     axes.set_xticks([], minor=True)
     _format_ticks(view, axes.xaxis)

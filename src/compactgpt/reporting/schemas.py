@@ -23,7 +23,7 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import find_directions
 
-# Name of the experiment that trains the model of `demo` on as many tokens, but as nanoGPT does.
+# Name of the experiment that trains the model of `demo` on the same tokens, but with nanoGPT's recipe.
 RECIPE = "nanogpt-recipe"
 RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), on as many tokens as the demo"
 
@@ -120,7 +120,7 @@ class Score(Scores):
     window: int  # tokens in a window, the same number for all neural models
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
-    views: dict[str, ViewScore] = {}  # `own` or `strided`, see `ViewScore` -> scores
+    views: dict[str, ViewScore] = {}  # `own` or `strided` -> scores, see `ViewScore`
     tasks: dict[str, Task] = {}  # name of the task -> results
     text: Text = Text()
 
@@ -223,7 +223,7 @@ class Estimates(Report):
 
     compact: Forecast  # forecast for the model and the training settings of params.yaml
     notes: list[str] = Field(validation_alias=AliasPath("compact", "notes"))  # warnings about `compact`
-    note: Forecast  # forecast for the note's model
+    note: Forecast  # forecast for the model of the note *Performance de NanoGPT Compact contre GPT-2*
     # The loss that a person expected for the note's model. `note.expected_loss` comes from a rule instead.
     hand_set_loss: ExpectedLoss = Field(validation_alias=AliasPath("note", "hand_set_loss"))
     calibration: Calibration

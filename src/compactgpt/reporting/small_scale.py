@@ -28,7 +28,7 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def find_directions(root: Path) -> list[dict[str, Any]]:
-    """Return a dict for each claim that a comparison of training runs, or of generated texts, tests.
+    """Compare training runs and generated texts, and return a dict for each claim of each comparison.
 
     The key `outcome` is `same way` (the direction that the claim says), `other way` or `no effect found`.
     Returns [] if the sweep small-scale or seeds is missing, or if they differ in settings or val documents.

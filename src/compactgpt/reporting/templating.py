@@ -68,7 +68,6 @@ def markdown_environment() -> "Environment":
 
 
 def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
-    """Create a Jinja2 environment that escapes values with `escape`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
     from markupsafe import Markup
 

@@ -217,7 +217,10 @@ def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
-    """Return a message: the first line of `found` that differs, or that the file is missing (empty)."""
+    """Return a message with the number of the first line that differs.
+
+    If `found` is empty, the message says that the file is missing.
+    """
     if not found:
         return "is missing: run `dvc repro`"
     pairs = enumerate(zip_longest(expected.splitlines(), found.splitlines()), 1)

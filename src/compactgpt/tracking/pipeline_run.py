@@ -251,7 +251,7 @@ def describe(command: str, found: Outcome, links: Mapping[str, str]) -> str:
     `links` maps the name of a stage to a link to the MLflow run that made its outputs.
     """
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
-    lines += ["| stage | here | made by |", "| --- | --- | --- |"]
+    lines += ["| stage | in this run | made by |", "| --- | --- | --- |"]
     for stage, text in found.stages.items():
         made_by = "" if text == NOT_REACHED else links.get(stage, "no run known here")
         lines.append(f"| {stage} | {text} | {made_by} |")

@@ -50,10 +50,7 @@ def _logged(store: Store, weights: str) -> str:
 
 
 def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
-    """Log a pipeline's model in Hugging Face's format to an MLflow run, and return the model's id.
-
-    `after` has the pipeline's dvc.lock and reports. `tags` are the model's tags in MLflow.
-    """
+    """Log a pipeline's model in Hugging Face's format to an MLflow run, and return the model's id."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # without network: all files are on this machine
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +72,8 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
         # A served model uses these options if a request does not set them.
         options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),  # MLflow fails with a path
+            # Load the model here, because `log_model` fails if it gets only the model's path.
+            pipeline("text-generation", model=str(folder / NAME)),
             name="compact",
             task="text-generation",
             run_id=run_id,

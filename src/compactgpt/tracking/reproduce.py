@@ -35,7 +35,8 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import numbers
 from compactgpt.tracking.records import WORKSPACE, Version, changed_environment, find_version, version_here
 
-# A stage and its input folder. A second run restores the stage's outputs, as the folder may have changed.
+# A stage and its input folder. The folder may have changed, so a second run restores the stage's outputs if
+# possible, and does not run the stage.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # Rounding can explain losses that differ by up to 1 %. The largest measured difference was 0.15 %.
@@ -111,7 +112,6 @@ def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Call
 
 @contextmanager
 def _temporary_folder(root: Path) -> Iterator[Path]:
-    """Create a folder for a `with` block, and delete the folder after the block."""
     # `temporary_path` also deletes folders that killed processes have left here.
     folder = temporary_path(root / ".state/reproductions/run")
     folder.mkdir(parents=True)
@@ -244,7 +244,6 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
 
 
 def _run_dvc(tree: Path) -> int:
-    """Run `dvc repro` in the checkout `tree`, and return the exit code of DVC."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
         **kept,

@@ -42,7 +42,7 @@ class TrainingCallbacks:
         # Not all windows of the val split, so the stage `evaluation` reports another loss.
         self.val_loss = f"val loss of {self.params.training.eval_windows} windows"
         self.figures = dict.fromkeys(("train loss", self.val_loss, "tokens/s", "left"), "-")
-        # No run has tested the predicted loss for a user's own text, so it is not shown for one.
+        # Do not show the predicted loss for a user's own text: no run has tested the prediction on such text.
         if self.params.download.corpus != "files":
             self.figures["expected at the end"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
         stage.tracker.params({"expected_loss": expected.model_dump()})
