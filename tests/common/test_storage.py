@@ -111,7 +111,7 @@ def text(content):
     ("name", "change", "message", "can_overwrite"),
     [
         ("a.txt", text("nex"), r"a\.txt was altered", True),
-        ("a.txt", text("ne"), r"a\.txt has 2 bytes where 3 were written", True),
+        ("a.txt", text("ne"), r"a\.txt has 2 bytes, but the manifest lists 3 bytes", True),
         ("a.txt", Path.unlink, r"a\.txt is missing", True),
         ("notes.txt", text("mine"), r"notes\.txt is not in the manifest", False),
         ("sub/link", lambda path: path.symlink_to("nowhere"), "sub/link is not in the manifest", False),

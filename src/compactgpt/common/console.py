@@ -78,8 +78,8 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         user_error = _user_error_of(error)
         if user_error is None:  # a bug, which needs its traceback
             raise
-        # The main process prints every error. Other processes print only errors that one process can have
-        # alone: an error that all processes have would be printed several times.
+        # Most errors occur in all processes, so only the main process prints them. Errors of the types below
+        # can occur in a single process, so every process prints them.
         single_process_errors = BadData | DiskFull | MissingInput | OutOfMemory
         if dist_info().is_main_process or isinstance(user_error, single_process_errors):
             report(f"error: {user_error}")

@@ -91,7 +91,8 @@ def check_section(tree: Any, section: type[SectionType], source: str) -> Section
     Raises BadConfig with all mistakes in one message, which begins with `source`, the name of the file.
     """
     try:
-        # Validate JSON text, not `tree`: pydantic in strict mode accepts a list for a tuple only from JSON.
+        # Pass JSON text instead of `tree`: in strict mode, pydantic converts a list to a tuple only if the
+        # input is JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
@@ -107,7 +108,8 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # pydantic adds a baseline's kind, such as `unigram`, to the path. It is not a key: skip it.
+            # This part of the path is not in the file. It is a missing key, or a word that pydantic adds: the
+            # kind of a baseline, such as `unigram`. Keep the missing key, and skip the added word.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))
@@ -131,7 +133,7 @@ def _keys_at(section: type[Section], path: list[str]) -> list[str]:
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
-        # If `part` is an index of a list, or a name that the user chose, the sections stay the same.
+        # No section has a field `part` if it is a list index or a name chosen by the user: keep `sections`.
         if fields:
             sections = [found for field in fields for found in _sections_in(field)]
     return sorted({key for each in sections for key in each.model_fields})

@@ -122,7 +122,8 @@ def sha256_file(path: Path) -> str:
 def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
     """Return the path `folder / name`; raises OutsideFolder if it is outside of the folder.
 
-    With `follow=False`, links may lead out of the folder, because outputs of DVC may be links.
+    With `follow=False`, the path may be a symbolic link to a file outside of the folder, because DVC can
+    store its outputs as links to its cache.
     """
     path = folder / name
     parts = PurePosixPath(name).parts
@@ -139,13 +140,14 @@ def atomic_folder(
     facts: dict[str, Any] | None = None,  # more keys for the manifest; the `with` block may change them
     *,
     kind: str = "",  # the kind of content, such as `model`, for the manifest
-    overwrite: bool = False,  # replace `folder` even if its files were changed; added files stay an error
+    overwrite: bool = False,  # replace `folder` even if its files were changed, but not if files were added
     force: bool = False,  # replace `folder` whatever files it has: only for folders under .state
 ) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    Raises NotAllowed and keeps `folder` if it has no manifest, a manifest of another kind, or files that
-    differ from its manifest. `overwrite` allows changed files, `force` allows all of these.
+    Raises NotAllowed and keeps `folder` if it has files but no manifest of this `kind`, or if files were
+    added, changed or deleted after the manifest was written. With `overwrite`, changed and deleted files are
+    allowed. With `force`, the manifest is not checked.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
@@ -242,7 +244,7 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
     Returns an empty string if no file differs. With `added_only`, ignores changed and deleted files.
     """
     listed = {folder / name for name in files}
-    # `files` has no manifests: ignore a manifest in `folder` or next to a listed file.
+    # `files` never lists a manifest, so a manifest in `folder` or next to a listed file is not an added file.
     with_manifest = {folder, *(path.parent for path in listed)}
     for path in sorted(folder.rglob("*")):
         if path in listed or (path.name == MANIFEST and path.parent in with_manifest):
@@ -258,7 +260,7 @@ def _difference(path: Path, entry: Mapping[str, Any]) -> str:
     if not path.is_file():
         return f"{path} is missing"
     if (size := path.stat().st_size) != entry["bytes"]:
-        return f"{path} has {size:,} bytes where {entry['bytes']:,} were written"
+        return f"{path} has {size:,} bytes, but the manifest lists {entry['bytes']:,} bytes"
     if (actual := sha256_file(path)) != entry["sha256"]:
         return f"{path} was altered: its SHA-256 is {actual}, expected {entry['sha256']}"
     return ""

@@ -1,6 +1,7 @@
 """Cross-entropy of a linear head, computed in chunks of tokens.
 
-Only one chunk's logits are in memory, because the forward pass also computes the gradients.
+The forward pass also computes the gradients, so the backward pass needs no logits. Therefore only one chunk's
+logits are in memory at any time.
 Shapes: N tokens, R tokens in a chunk, C channels, V rows of the head's weight.
 """
 
@@ -65,7 +66,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = buffer[: len(x[rows])]
                 chunk = add_chunk(x[rows], weight, targets[rows], logits, dx[rows], dw, start == 0, N)
                 nats.append(chunk.sum())
-        # `backward` may overwrite these tensors, because torch refuses a second backward pass.
+        # `backward` overwrites dx and dw. That is safe: torch raises an error if a second backward pass would
+        # read the overwritten tensors.
         ctx.save_for_backward(dx, dw)
         return torch.stack(nats).sum() / N
 
@@ -73,7 +75,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the stored gradients, multiplied in place by the gradient of the loss."""
         dx, dw = ctx.saved_tensors
-        # Only a CPU skips a multiplication by 1: on a GPU, `item` would wait for earlier work.
+        # On a CPU, skip a multiplication by 1. On a GPU, always multiply: `item` would wait for earlier work.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -88,7 +90,7 @@ def _add_chunk(
     dw: Tensor,  # (V, C) buffer for the gradient of `weight`, summed over chunks
     first: bool,  # whether this is the first chunk, which overwrites `dw`
     N: int,  # number of tokens in all chunks
-    correction: Tensor | None,  # (V,)
+    correction: Tensor | None,  # (V,) added to the logits of each token; None: nothing is added
 ) -> Tensor:
     """Return each token's cross-entropy in nats, (R, 1), and write the gradients to `dx` and `dw`."""
     if correction is None:
@@ -101,7 +103,8 @@ def _add_chunk(
     torch.mm(p, weight, out=dx)
     dx.div_(N)
     dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # beta=0 ignores dw's old content
-    # The clamp limits an infinite loss to 87.3 nats; the gradient stays the same.
+    # The target's probability can be rounded to 0, which would give an infinite loss. The clamp limits the
+    # loss to 87.3 nats (in fp32). The gradient above does not change.
     return p_target.clamp_min(torch.finfo(p.dtype).tiny).log().neg()
 
 
@@ -110,14 +113,16 @@ def _add_rounded_chunk(
 ) -> Tensor:
     """Do the same as `_add_chunk`, but multiply matrices in bfloat16. Return the losses in nats, (R,).
 
-    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t): z are a token's logits, and t is the token's target.
+    `e`, (R, V), is a buffer. Each row gets the values e_j = exp(z_j - z_t) of one token: z_j is the logit of
+    vocabulary entry j, and z_t is the logit of the target.
     """
     s = exponentials(x, weight, targets, e)  # (R,) each token's sum of all e_j
-    # The loss of a token is log(s). Turn `e` into s times the gradient of this loss: 1 - s for the target's
-    # logit, and e_j for each other logit z_j. Only the target's element of `e` changes.
+    # The loss of a token is log(s). Its gradient is e_j / s for each logit z_j except the target's, and
+    # (1 - s) / s for the target's logit. Here, `e` gets s times the gradient: all elements already have this
+    # value, except the target's.
     target_gradients = 1 - s
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
-    # The division by s follows in the (R, C) matrices below: `e`, (R, V), has more elements.
+    # Do not divide `e`, (R, V), by s. Instead, divide the (R, C) matrices below, which are smaller.
     scale = (1 / (s * N))[:, None]  # (R, 1)
     dx.copy_(_product_in_fp32(e, weight).mul_(scale))
     scaled_x = (x * scale).to(x.dtype)  # (R, C)
@@ -138,7 +143,8 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
 def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Tensor:
     """Write exp(z_j - z_t) to `out`, (R, V) bfloat16, and return the row sums, (R,) fp32.
 
-    z are a token's logits, and t is the token's target. Exponents above CAP become CAP.
+    In a token's row, z_j is the logit of vocabulary entry j, and z_t is the logit of the target. A difference
+    z_j - z_t above CAP is replaced by CAP.
     """
     has_triton = x.is_cuda and importlib.util.find_spec("triton")
     if has_triton:

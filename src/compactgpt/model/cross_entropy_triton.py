@@ -10,9 +10,11 @@ from torch import Tensor
 from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# A tile has ROWS x COLUMNS exponentials; tl.dot multiplies INNER channels at once.
+# A tile is the part of the result for ROWS tokens x COLUMNS vocabulary entries. To compute the logits of a
+# tile, each call of tl.dot multiplies and sums over INNER channels.
 ROWS, COLUMNS, INNER = 128, 256, 64
-GROUP = 64  # rows of tiles that are computed together, since their rows of `x` fit into the L2 cache
+# The kernel computes tiles in groups of GROUP tile rows: a group's part of `x` fits into the L2 cache.
+GROUP = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]

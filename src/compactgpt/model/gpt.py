@@ -143,13 +143,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the mean cross-entropy of the targets in nats per token, a scalar.
 
-        `tokens` and `targets`, (B, T) int64, are row numbers of `table`, (K, C), by default `wte.weight`.
-        `correction`, (K,), is added to the logits of every position.
+        `tokens` and `targets`, (B, T) int64, are row numbers of `table`. `table`, (K, C), has K token
+        embeddings; the default is `wte.weight`. `correction`, (K,), is added to the logits at each position.
         """
         table = self.wte.weight if table is None else table
-        # Head and embedding share `table`, so autograd adds their gradients. `expand_as` changes no value. It
-        # makes the head's gradient arrive second: on a CPU, autograd then adds the embedding's sparse
-        # gradient to it in place, without a copy.
+        # Embedding and head share `table`, so autograd adds their gradients. `expand_as` changes no value. It
+        # makes the gradient of the head arrive second. On a CPU, the embedding's gradient is sparse, and the
+        # gradient of the head is dense. In this order, autograd adds the sparse gradient to the dense one in
+        # place, without a copy.
         head = table.expand_as(table)
         x = self.hidden(tokens, table).flatten(0, 1)  # (B T, C)
         return linear_cross_entropy(x, head, targets.flatten(), correction)

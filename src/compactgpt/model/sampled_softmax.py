@@ -36,21 +36,22 @@ def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
 
 
 def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
-    """Return each token's probability to be sampled. (V,) -> (V,).
+    """Return the probability that a sample contains each token. (V,) -> (V,).
 
-    The probability is min(1, c (count + 1)^power). The constant c makes the sum of all probabilities `size`,
-    the average number of tokens in a sample. Mikolov et al. 2013 use power 0.75.
+    The probability is min(1, c (count + 1)^power). The constant c is chosen so that all probabilities add up
+    to `size`, the average number of tokens in a sample. Mikolov et al. 2013 use power 0.75.
     """
     if size >= len(counts):
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
     ordered = np.sort(weights)[::-1]
     rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of each weight and all smaller ones
-    k = np.arange(len(ordered))
+    k = np.arange(len(ordered))  # (V,) possible numbers of tokens with probability 1
     # If the k most frequent tokens have probability 1, all other probabilities must add up to size - k.
-    scales = (size - k) / rest  # (V,) c for each k
-    first = int(np.argmax(scales * ordered <= 1))  # smallest k that leaves no probability above 1
-    inclusion: Floats = np.minimum(1.0, scales[first] * weights)
+    c = (size - k) / rest  # (V,) the constant c for each k
+    # Use the smallest k for which the other tokens' probabilities, c (count + 1)^power, are at most 1.
+    smallest_k = int(np.argmax(c * ordered <= 1))
+    inclusion: Floats = np.minimum(1.0, c[smallest_k] * weights)
     return inclusion
 
 
@@ -59,7 +60,7 @@ def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Samp
 
     `inclusion`, (V,), has each token's probability to be sampled. The tokens of `batch` are always sampled.
     """
-    # `training_batch` uses the same key but another counter: its random numbers are independent of these.
+    # `training_batch` uses the same key with counter 0. Another counter gives independent random numbers.
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, 1]))
     chosen = generator.random(len(inclusion)) < inclusion
     probability = inclusion.copy()

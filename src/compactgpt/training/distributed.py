@@ -62,7 +62,8 @@ class Group:
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
         dist.all_reduce(flat)
         sums = torch.split(flat[1:], [grad.numel() for grad in grads])
-        # Copy the sums into autograd's tensors: the rounding of some kernels depends on a tensor's address.
+        # Copy the sums into the existing gradient tensors. Views of `flat` have other addresses, and the
+        # rounding of some kernels depends on the address.
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
         return flat[0]
@@ -139,7 +140,8 @@ class Group:
             raise failure
         result, has_failed = shared
         if has_failed:
-            # Exit with code 0: after another code, torchrun stops the main process before its error message.
+            # Exit with code 0. At another code, torchrun would stop the main process, which may not yet have
+            # printed its error message.
             raise SystemExit(0)
         return cast(T, result)
 
@@ -150,7 +152,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not hasattr(model, "unshard"):
         yield
         return
-    sharded: Any = model  # an FSDPModule of torch, a type that only mode fsdp imports
+    sharded: Any = model  # a torch FSDPModule; Any, because only mode fsdp imports this class
     sharded.unshard()
     yield
     sharded.reshard()
@@ -202,10 +204,11 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
         exit_codes = _run_processes([sys.executable, "-m", module, *arguments], launcher)
         if not exit_codes:
             return 0
-        # A process ended by signal N made no mistake. Its exit code is -N in Popen, or 128 + N in a shell.
-        mistakes = [code for code in exit_codes if 0 < code < 128 and code != PeerLost.exit_code]
-        if mistakes:  # a second attempt would fail with the same error
-            return mistakes[0]
+        # An exit code from 1 to 127 reports an error. If signal N ended the process, the exit code is -N (in
+        # Popen) or 128 + N (in a shell), and a second attempt may succeed.
+        error_codes = [code for code in exit_codes if 0 < code < 128 and code != PeerLost.exit_code]
+        if error_codes:  # a second attempt would fail with the same error
+            return error_codes[0]
     return PeerLost.exit_code if PeerLost.exit_code in exit_codes else 1
 
 
@@ -229,7 +232,8 @@ def _run_processes(command: Sequence[str], launcher: Launcher) -> list[int]:
                 if any(process.returncode for process in processes):
                     break  # the other processes would only wait for the process that failed
                 time.sleep(0.1)
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM: the processes save their state
+        except (KeyboardInterrupt, SystemExit):
+            # Ctrl-C or SIGTERM: `_terminate` sends SIGTERM to the processes, which save the training state.
             raise SystemExit(Busy.exit_code) from None
         finally:
             _terminate(processes, launcher.timeout_seconds)

@@ -17,7 +17,7 @@ from compactgpt.model.huggingface import load_hf
 from compactgpt.model.sampled_softmax import SMOOTHING
 from compactgpt.model.weights import load_model
 
-SINUSOID_BASE = 1000.0  # positions over which the slowest sinusoid changes by about one radian
+SINUSOID_BASE = 1000.0  # number of positions over which the slowest sinusoid advances by about 1 radian
 # Files of a saved model that decide the initial weights; training.init_sha256 is their hash.
 FILES = ("config.json", "model.safetensors")
 
@@ -83,11 +83,11 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     for key in own.keys() - tensors.keys():  # zeros replace the biases that `source` lacks
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
-    # Padding rows get the mean of the real rows: GPT-2's logits are far below zero, so that rows of zeros
-    # would get almost all probability.
-    real = tensors["wte.weight"][: found.vocab_size]
-    padded = real.mean(0).repeat(wanted.padded_vocab_size, 1)  # (V, C)
-    padded[: len(real)] = real
+    # Padding rows, which belong to no token, get the mean of the token rows. A row of zeros would have the
+    # logit 0. That is far above GPT-2's other logits, so padding rows would get almost all probability.
+    token_rows = tensors["wte.weight"][: found.vocab_size]
+    padded = token_rows.mean(0).repeat(wanted.padded_vocab_size, 1)  # (V, C)
+    padded[: len(token_rows)] = token_rows
     tensors["wte.weight"] = padded
     model.load_state_dict(tensors)
 
@@ -106,23 +106,25 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
     """Change random weights so that, before training, the logits are near the tokens' log frequencies.
 
-    `counts`, (vocab_size,), is how often each token occurs. The function adds one vector to all position
-    embeddings. The vector is `strength` times as long as the sum of a token and a position embedding.
+    `counts`, (vocab_size,), has the number of occurrences of each token. The function adds the same vector to
+    each position embedding. The norm of this vector is `strength` times the norm of a token embedding plus a
+    position embedding (root mean square over tokens and positions).
     """
     C = model.shape.n_embd
     direction = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # of the added vector, (C,)
     direction = direction - direction.mean()  # mean 0, because the layer norm subtracts the mean
     direction /= direction.norm()
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
-    length = math.sqrt(float(sum(mean_squares)))  # token + position embedding, root mean square
-    model.wpe.weight += strength * length * direction
+    norm = math.sqrt(float(sum(mean_squares)))  # of a token embedding plus a position embedding
+    model.wpe.weight += strength * norm * direction
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
-    logs -= (logs * smooth).sum() / smooth.sum()  # the mean of `logs` over the train split is now 0
-    # The input of the last layer norm is a random vector plus the added vector, which is `strength` times as
-    # long and about at right angles. The layer norm scales this sum to length sqrt(C). In its output, the
-    # added vector has this length:
-    normed_length = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
-    # The token embedding is also the head. Its product with the added vector is then the log frequency.
-    model.wte.weight += torch.from_numpy(logs / normed_length).float()[:, None] * direction
+    logs -= (logs * smooth).sum() / smooth.sum()  # subtract the mean over all tokens of the train split
+    # The input of the last layer norm is about r + a: r is random, and a is the added vector. The norm of a
+    # is `strength` times the norm of r, and a is nearly orthogonal to r. The layer norm scales r + a to the
+    # norm sqrt(C). After that scaling, a has this norm:
+    scaled_norm = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
+    # Each token's row of `wte` is also its row of the head. The product of the vector that is added here and
+    # the scaled a is the token's log frequency.
+    model.wte.weight += torch.from_numpy(logs / scaled_norm).float()[:, None] * direction

@@ -43,8 +43,9 @@ def loss_csv(rows: list[Row]) -> str:
 def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
     """Return a warning if the last row's val loss shows that training has diverged, otherwise None.
 
-    Diverged means: after the warm-up, this loss is more than DIVERGENCE_MARGIN above the first row's val
-    loss, or above the loss of a uniform guess.
+    Training has diverged if this val loss is more than DIVERGENCE_MARGIN above the lower of two losses: the
+    first row's val loss, and the loss of a uniform guess. During the warm-up, the function returns None,
+    except after the last step of the training.
     """
     first, last = rows[0], rows[-1]
     if last.step <= training.warmup_steps and last.step < training.max_steps:

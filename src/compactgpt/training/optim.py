@@ -19,7 +19,7 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""The type of the function `fsdp.orthogonalize_sharded`. Only mode fsdp imports this function."""
+"""The type of `fsdp.orthogonalize_sharded`. Callers pass this function: `optim` does not import `fsdp`."""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
@@ -45,8 +45,8 @@ def lr_multiplier(training: Training, step: int) -> float:
 def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
     """Make one step of Muon. Stack matrices of the same shape, for batched products.
 
-    `run_sharded` orthogonalizes the matrices of a sharded model; None for other models. The operations
-    are those of torch.optim.Muon with adjust_lr_fn="original".
+    `run_sharded` is `fsdp.orthogonalize_sharded` if the model is sharded, otherwise None. The operations are
+    those of torch.optim.Muon with adjust_lr_fn="original".
     """
     for group in muon.param_groups:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -100,8 +100,8 @@ class EmbeddingRows(NamedTuple):
 class Optimizers:
     """All optimizers of one model: AdamW and, if configured, Muon.
 
-    `state` has the state tensors of all optimizers by name. `run_sharded` orthogonalizes the matrices of a
-    sharded model; None for other models.
+    `state` maps names to the state tensors of all optimizers. `run_sharded` is `fsdp.orthogonalize_sharded`
+    if the model is sharded, otherwise None.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -165,7 +165,7 @@ class Optimizers:
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that get a gradient.
 
-        After `select_rows`, the copy of the selected rows replaces the token embedding.
+        After `select_rows`, the list has the copy that `select_rows` returned instead of the token embedding.
         """
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
@@ -204,8 +204,8 @@ class Optimizers:
     def _update_rows(self, rows: EmbeddingRows, divisor: Tensor | None) -> None:
         """Update some rows of the token embedding with AdamW; the other rows stay unchanged.
 
-        Moments of the other rows do not decay, as in torch.optim.SparseAdam. All rows have the same number
-        of steps in the bias correction.
+        The moments of the other rows also stay unchanged, as in torch.optim.SparseAdam. The bias correction
+        uses the number of all updates for every row, even if a row was updated less often.
         """
         parameter, group = self.parameters[TOKENS], self.adamw.param_groups[0]
         state = self.adamw.state[parameter]
@@ -226,7 +226,7 @@ class Optimizers:
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
-        # Only a CPU skips a division by 1: on a GPU, `item` would wait for earlier work.
+        # On a CPU, skip a division by 1. On a GPU, always divide, because `item` would wait for earlier work.
         if divisor.device.type == "cpu" and divisor.item() == 1:
             return None
         return divisor

@@ -128,7 +128,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
             # All processes must stop at the same step: if one stopped alone, the others would wait for it.
             stops = group.any_rank(callbacks.should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
-                trainer.report(callbacks)  # read the last losses, because the state must contain them
+                trainer.report(callbacks)  # reads the last losses, which the saved state must contain
                 trainer.save()
             callbacks.on_step(trainer.step, trainer.model)
             if stops:
@@ -149,7 +149,7 @@ class Trainer:
         self.sequences = self.training.tokens_per_step // self.shape.block_size
         self.batch_slice = group.batch_slice(self.sequences, self.training.micro_batch_size)
         self._check_vocabulary()
-        group.assert_same_on_all_ranks("params.yaml, data or program", self.run_key)
+        group.assert_same_on_all_ranks("params.yaml, data, code, library version or hardware", self.run_key)
         self.device = resolve_device(params.runtime.device)
         self.log_interval = params.runtime.log_interval
         # A GPU keeps its losses until they are reported: to read one, the program must wait for the GPU.
@@ -336,13 +336,14 @@ class Trainer:
         )
 
     def add_row(self) -> None:
-        """Add a row to the loss curve; save the model if it is the best so far and not the last one."""
+        """Add a row to the loss curve; save the model if its val loss is the lowest and steps are left."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._check_finite(self.step - 1, {"validation loss": val_loss})
         # All steps have the same number of tokens, so the mean over steps is the mean over tokens.
         row = Row(self.step, math.fsum(self.losses) / len(self.losses), val_loss)
         self.rows.append(row)
         self.losses = []
+        # `save_results` saves the model after the last step, so `add_row` does not save that model.
         is_best = row is best_row(self.rows) and self.step < self.training.max_steps
         # Losses may differ by rounding between machines, so only the main process decides.
         if self.group.any_rank(is_best and self.group.is_main_process):
@@ -380,7 +381,7 @@ def save_results(params: Params, trained: Trained, states: Path, model: Path, cu
     return {
         "steps": training.max_steps,
         "tokens": training.max_steps * training.tokens_per_step,
-        # The mean since the previous row; an estimate if the softmax is sampled.
+        # The mean over the steps since the previous row; only an estimate if training.head is `sampled`.
         "train_loss": rows[-1].train_loss,
         "val_loss": rows[-1].val_loss,
         "best_val_loss": best.val_loss,
