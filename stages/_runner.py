@@ -129,7 +129,7 @@ def _read_params(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the MD5 of each file that a stage reads, or its modification time in LARGE folders."""
+    """Return path -> MD5 of each file that a stage reads (in LARGE folders: path -> modification time)."""
     states: dict[str, Any] = {}
     for path in map(Path, definition.get("deps", [])):
         for file in [path, *path.rglob("*")]:
@@ -163,11 +163,11 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return a message: the stage's number, and the minutes that this and later stages took before."""
+    """Return a message: the stage's number, and how long this and the later stages took last time."""
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
     minutes = sum(float(file.read_text()) for file in files) / 60
-    left = f", earlier runs took {minutes:,.0f} min from here" if minutes >= 0.5 else ""
+    left = f"; this and the later stages took {minutes:,.0f} min last time" if minutes >= 0.5 else ""
     return f"stage {position + 1} of {len(stages)}: {stage}{left}"
 
 

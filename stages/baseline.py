@@ -26,7 +26,8 @@ def main(
     from compactgpt.evaluation.tasks import run_tasks
     from compactgpt.evaluation.totals import write_totals
 
-    # DVC passes the name in a variable: in a command, the shell would run a name such as `$(code)`.
+    # DVC passes the name in the environment variable DVC_STAGE. The command in dvc.yaml does not have the
+    # name, because the shell would execute a name such as `$(code)`.
     name = name or os.environ.get("DVC_STAGE", "").partition("@")[2]  # `xz` for the stage `baseline@xz`
     if not name:
         raise typer.BadParameter(

@@ -19,7 +19,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         params, state, log = stage.params.download, state_folder(), stage.print_message
         if params.corpus == "files":
             require_corpus(state.parent)
-        # First the tokenizer, which is small: without a network, the stage fails at once.
+        # Download the small tokenizer first: if there is no network, the stage fails at once.
         tokenizer = download_tokenizer(params.tokenizer, Path("data/tokenizer"), state / "wheels")
         progress = stage.progress("texts" if params.corpus == "hub" else "files")
         corpus = open_corpus(params, Path(), stage.params.runtime.num_workers, progress, log)

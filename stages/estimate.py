@@ -17,7 +17,8 @@ def main(tracker: TrackerName = "mlflow") -> None:
 
     with open_stage("estimate", tracker, ("model", "training", "estimate")) as stage:
         check_dependencies(Path())
-        # `download` depends on this file. The content is constant, so DVC does not run `download` again.
+        # DVC runs `download` after this check, because `download` depends on this file. The content is
+        # constant, so that a new estimate does not run `download` again.
         write_json(Path("data/inputs.json"), {"checked": ["params.yaml", "files of the dependencies"]})
         sweep = read_sweep(Path("results/ladder.json"))  # None if the file is missing
         stage.report(Path("reports/estimate.json"), estimate(stage.params, sweep))

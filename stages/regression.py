@@ -1,6 +1,6 @@
 """Run `compactgpt gate`, which compares the metrics of the model with accepted metrics.
 
-The gate is no DVC stage: each `dvc repro` would run a failed stage again.
+The gate is not a DVC stage, because each `dvc repro` runs a failed stage again.
 """
 
 import sys

@@ -30,7 +30,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         with stop_requests() as should_stop:
             trained = trainer.train(stage.params, splits, states, callbacks.functions(should_stop))
         for row in trained.rows:
-            if row.step <= trained.resumed_from:  # logged in an earlier MLflow run, not yet in this one
+            if row.step <= trained.resumed_from:  # an earlier MLflow run has this row: log it here, too
                 losses = {"train/loss": row.train_loss, "val/loss": row.val_loss}
                 stage.tracker.metrics(losses, row.step)
         if stage.is_main_process:

@@ -117,7 +117,7 @@ def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
 @pytest.mark.parametrize(
     ("change", "call", "error", "message"),
     [
-        ("", lambda: compactgpt.load("nix"), MissingInput, "no model 'nix': .*no such file here"),
+        ("", lambda: compactgpt.load("nix"), MissingInput, "no model 'nix': .*this file is missing"),
         ("", lambda: compactgpt.load("data"), MissingInput, "data has no model"),
         ("", lambda: compactgpt.load("models:/nix@champion"), MissingInput, r"no mlflow\.db here"),
         ("no tokenizer", lambda: compactgpt.load(), MissingInput, "no tokenizer in data/tokenizer"),

@@ -34,7 +34,7 @@ def params_with(*settings: str) -> Params:
         ("model=[]", "model: Input should be an object"),
         ("download.docstrings.distributions={a/b: '1'}", 'distributions.a/b: found "a/b"; a name has'),
         # rules between several keys
-        ("evaluation.text.prompts=['${a}']", "found '${a}': `dvc exp run -S` would replace `${...}`"),
+        ("evaluation.text.prompts=['${a}']", "found '${a}': `dvc exp run -S` would read `${...}`"),
         ("model.n_embd=130", "model: n_embd (130) must be a multiple of n_head (4)"),
         ("model.padded_vocab_size=50000", "model: padded_vocab_size (50000) must be at least vocab_size"),
         ("training.tokens_per_step=500", "training.tokens_per_step (500) must be a multiple of"),

@@ -201,4 +201,4 @@ def test_a_stage_prints_its_position_and_the_time_of_earlier_runs(chain):
     assert run().output == f"{position}\n"
     for stage in ("training", *(f"baseline@{name}" for name in names)):
         write(f".state/seconds/{stage}", "60")
-    assert f"{position}, earlier runs took {1 + len(names)} min from here" in run().output
+    assert f"{position}; this and the later stages took {1 + len(names)} min last time" in run().output

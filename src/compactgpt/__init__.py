@@ -10,7 +10,7 @@ __all__ = ["Model", "Score", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return an attribute of `compactgpt.api`. Only this call imports the module, which takes a second."""
+    """Return an attribute of `compactgpt.api`. The import is here because the import takes a second."""
     if name in __all__:
         from compactgpt import api
 

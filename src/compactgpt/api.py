@@ -40,7 +40,7 @@ _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text, in tokens of the project's tokenizer."""
+    """How well a model predicts a text. Tokens are counted with the project's tokenizer."""
 
     documents: int
     tokens: int
@@ -90,9 +90,10 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator over lists of `num_samples` texts: the next piece of each continuation.
+        """Return an iterator over the steps of the generation. Each step adds a token to each continuation.
 
-        The iterator yields once per generated token. With temperature 0, each token is the most probable one.
+        The iterator yields a list of `num_samples` strings: the text that the step adds to each continuation.
+        With temperature 0, each token is the most probable one.
         Raises BadConfig if the model can't generate text.
         """
         from compactgpt.evaluation import generation
@@ -181,7 +182,7 @@ def load(model: str | Path = MODEL, *, params_file: str | Path = "params.yaml") 
     if params is None or name not in known:
         raise MissingInput(
             f"there is no model {name!r}: give a folder, a model in MLflow (models:/compactgpt@champion), or "
-            f"a baseline of {params_file} ({', '.join(known) or 'no such file here'})"
+            f"a baseline in {params_file} ({', '.join(known) or 'this file is missing'})"
         )
     from compactgpt.evaluation.baselines import load_baseline
     from compactgpt.tracking import state_folder
@@ -216,7 +217,7 @@ def _load_folder(name: str, folder: Path) -> Model:
 
 
 def _load_tokenizer(model: Path) -> "tiktoken.Encoding":
-    """Return the tokenizer of the model's project, else of the current folder, else of the model's folder."""
+    """Return the first tokenizer found: in the model's project, the current folder, or the model's folder."""
     project = model.absolute().parent.parent  # PROJECT, if the model is PROJECT/models/compact
     for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():

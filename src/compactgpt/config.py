@@ -86,12 +86,13 @@ class HubSet(Section):
     config: str | None  # the data set's configuration, if it has several
     splits: Annotated[tuple[Name, ...], Field(min_length=1)]
     text_column: NonEmpty  # the column with the text of a row
-    revision: HubCommit | Literal["refs/convert/parquet"] | None  # a branch also needs sha256
+    revision: HubCommit | Literal["refs/convert/parquet"] | None  # with a branch, set `sha256`, too
     licence: str
     sha256: Sha256 | None = None  # hash of the text of all rows
     opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
     separator: NonEmpty | None = None  # each row is split into parts at this text
-    join_characters: PositiveInt | None = None  # parts of a row are joined to texts of at least this length
+    # Consecutive parts of a row are joined until the text has this many characters. None: no part is joined.
+    join_characters: PositiveInt | None = None
     file: UserPath | None = None  # local copy of the text, read instead of the hub if it exists
     file_url: NonEmpty | None = None  # where the user can download `file`
 
@@ -143,7 +144,7 @@ class Validation(Section):
     min_letter_share: Share  # letters in one document, divided by its characters that are not white space
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
-    mostly: Share  # share of documents that must meet an expectation about single documents
+    mostly: Share  # share of documents that must meet a limit on one document, such as min_characters
     # If there are more documents, a random sample of about this many is checked. The minimum, 1000,
     # prevents an empty sample.
     max_rows: Annotated[int, Field(ge=1000)]
@@ -152,22 +153,26 @@ class Validation(Section):
 class Tokenization(Section):
     # val's share of the documents (split `hash`) or of the bytes (split `tail`)
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
-    split: Literal["hash", "tail"] = "hash"  # val: texts chosen by their hash, or the corpus's end
+    # hash: the hash of a document decides whether it is in val; tail: val is the end of the corpus
+    split: Literal["hash", "tail"] = "hash"
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"  # both give the same token ids
     engine: Literal["local", "ray"] = "local"  # processes of this machine, or a Ray cluster
 
 
 class Inspection(Section):
     min_val_documents: PositiveInt
-    max_val_deviation: PositiveFloat  # maximum of |val's share - val_fraction|, in standard deviations
+    # With split `hash`: how far val's share of documents may be from val_fraction, in standard deviations.
+    max_val_deviation: PositiveFloat
     shingle_words: PositiveInt  # number of words in the sequences that MinHash compares
     permutations: PositiveInt  # length of a MinHash signature
     bands: PositiveInt  # number of parts of a signature; two documents that share a part are compared
     seed: Seed
     similarity: PositiveShare  # Jaccard similarity from which two documents are near duplicates
-    overlap_words: PositiveInt  # val's sequences of this many words are searched for in train
-    flagged_overlap: Share  # reported: a val document with more than this share of its sequences in train
-    leaked_overlap: PositiveShare  # leaked: a val document with at least this share of its sequences in train
+    overlap_words: PositiveInt  # number of words in the sequences of val that are searched for in train
+    # The report lists a val document if train has more than this share of its sequences.
+    flagged_overlap: Share
+    # A val document counts as leaked if train has a near duplicate, or at least this share of its sequences.
+    leaked_overlap: PositiveShare
     max_leaked_share: Share  # share of leaked val documents; a greater share stops the pipeline
     max_repeated_share: Share  # share of documents with a near duplicate; a greater share stops the pipeline
     max_listed: NonNegativeInt  # maximum number of pairs of similar train documents in the report
@@ -222,7 +227,7 @@ class Training(Section):
     min_lr_ratio: Share  # the last learning rate divided by the highest
     schedule: Literal["cosine", "linear", "wsd", "constant"]  # how learning rates change after the warm-up
     warmup_steps: NonNegativeInt
-    decay_share: Share  # with schedule wsd: the last share of max_steps, in which learning rates fall
+    decay_share: Share  # schedule wsd lowers the learning rates in this share of max_steps, at the end
     weight_decay: NonNegativeFloat
     beta1: ShareBelowOne
     beta2: ShareBelowOne
@@ -232,11 +237,13 @@ class Training(Section):
     checkpoint_interval: PositiveInt  # steps between two checkpoints
     head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or over a sample of it
     sample_tokens: PositiveInt = 4096  # with head sampled: expected size of a step's vocabulary sample
-    sample_power: Share = 0.75  # a token's sampling weight is its count in train to this power
-    # Above 0: before step 1, the logits are near the tokens' log frequencies. For this, one vector is added
-    # to all position embeddings. The vector is this many times as long as a token + position embedding.
+    sample_power: Share = 0.75  # a token's probability grows as (its count in train + 1) ** sample_power
+    # Above 0, the embeddings are changed before training, so that the first logits are near the tokens' log
+    # frequencies. One vector is added to all position embeddings. init_unigram is the length of this vector,
+    # divided by the typical length of a token embedding + position embedding.
     init_unigram: NonNegativeFloat = 0.0
-    init_positions: NonNegativeFloat = 0.0  # amplitude of sinusoidal initial position embeddings; 0: random
+    # The position embeddings start as sinusoids of this amplitude. With 0, they start random.
+    init_positions: NonNegativeFloat = 0.0
     position_learning_rate: PositiveFloat | None = None  # None: embedding_learning_rate is used
     launcher: Launcher = Launcher()
 
@@ -247,19 +254,19 @@ class Training(Section):
             yield f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}"
         if (self.init_from == SCRATCH) != (not self.init_sha256):
             rule = (
-                f"empty for {SCRATCH}, else the hash of the folder: if you do not know the hash, write "
-                "64 zeros, and the error of stage training shows the hash"
+                f"init_sha256 must be empty if init_from is {SCRATCH}, otherwise the hash of the folder. If "
+                "you do not know the hash, write 64 zeros: stage training then stops and prints the hash"
             )
-            yield f"init_from is {self.init_from}: init_sha256 ({self.init_sha256 or 'empty'}) must be {rule}"
+            yield f"init_from is {self.init_from}, init_sha256 is {self.init_sha256 or 'empty'}: {rule}"
 
 
 class Likelihood(Section):
     document_tokens: PositiveInt | None = None  # tokens scored from each document's start; None: all
     window: PositiveInt  # number of GPT-2 tokens in a window; all neural models get the same windows of text
-    # More ways to cut the text into windows; each neural model has a score for each.
+    # Additional ways to cut the text into windows. Each neural model gets one more score for each way.
     views: tuple[View, ...] = ()
     batch_size: PositiveInt  # windows in one forward pass
-    own_context: PositiveInt  # tokens in a window of `views`, if the model's context is not shorter
+    own_context: PositiveInt  # tokens in a window of `views`, or the model's whole context if it is shorter
     stride_share: PositiveShare  # for the view `strided`: step between windows, divided by their length
 
 
@@ -436,7 +443,7 @@ class Estimate(Section):
     corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)  # data set -> its number of tokens
     utilisation_of_products: PositiveShare = 0.6  # training speed divided by the speed of matrix products
     machines: Annotated[dict[Name, Machine], Field(min_length=1)]
-    anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]  # reference runs
+    anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]  # finished runs; forecasts use their losses
 
 
 class Comparison(Section):
@@ -451,7 +458,8 @@ class Regression(Section):
     max_documents: PositiveInt  # maximum number of val documents that a reference of the gate stores
     max_baseline_change: NonNegativeFloat  # maximum change of a baseline's loss since the reference, in nats
     min_throughput_ratio: PositiveFloat  # minimum of our training speed divided by nanoGPT's
-    tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]  # allowed worsening
+    # Metric -> the relative rise of a perplexity, or the fall of an accuracy, that the gate still accepts.
+    tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]
 
 
 class Params(Section):
@@ -475,11 +483,13 @@ class Params(Section):
             factors = "training.micro_batch_size x model.block_size x training.launcher.processes"
             yield f"training.tokens_per_step ({step}) must be a multiple of {factors} ({unit})"
         if found := re.search(r'"([^"]*\$\{[^"]*)"', self.model_dump_json()):
-            yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`, so write `$ {{`"
+            advice = "put a space after the dollar sign (`$ {`)"
+            yield f"found {found[1]!r}: `dvc exp run -S` would read `${{...}}` as a variable, so {advice}"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
-                rule = "must begin with corpus/, which DVC tracks: `dvc add PATH -o corpus/NAME` copies PATH"
-                yield f"download.files.patterns: found {pattern}, which {rule}"
+                rule = "a pattern must begin with corpus/, the folder that DVC tracks, and must not have `..`"
+                advice = "copy your text there with `dvc add PATH -o corpus/NAME`"
+                yield f"download.files.patterns: found {pattern}; {rule}: {advice}"
         if (window := self.evaluation.likelihood.window) > longest:
             yield f"evaluation.likelihood.window ({window}) must be at most model.block_size ({longest})"
 

@@ -148,8 +148,9 @@ def _evaluated_tokens(params: Params) -> float:
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
-    # A model reads every token once, and again for each view (an additional way to score): once for the view
-    # `own`, and 1 / stride_share times for a strided view, because its windows overlap.
+    # A model reads each token once for the main score, and again for each view. A view is another way to cut
+    # the text into windows. The windows of the view `strided` overlap, so that this view reads each token
+    # 1 / stride_share times.
     passes = 1 + sum(1 if view == "own" else 1 / likelihood.stride_share for view in likelihood.views)
     lambada = LAMBADA_TOKENS * sum(source is not None for source in (tasks.lambada, tasks.lambada_original))
     wikitext = WIKITEXT_TOKENS * len(tasks.wikitext) * (1 + tasks.wikitext_context / tasks.wikitext_stride)

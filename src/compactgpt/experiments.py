@@ -47,7 +47,7 @@ class SweepGroup(Section):
 
 
 class Expected(Section):
-    """A ratio or difference that small runs measure, and the claims about it."""
+    """A ratio or a difference that an experiment measures to test claims of claims.yaml."""
 
     claims: tuple[str, ...]  # ids of the claims in claims.yaml
     # The claims expect a ratio above or below 1, or a difference above or below 0.
@@ -90,7 +90,8 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
-    comparisons: tuple[Comparison, ...] = ()  # of groups of this sweep, or of the sweep `seeds`
+    # Each compares two groups of runs. A group is in this sweep, or in the sweep conf/experiments/seeds.yaml.
+    comparisons: tuple[Comparison, ...] = ()
     texts: tuple[TextComparison, ...] = ()  # comparisons of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
@@ -132,11 +133,12 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             merge_patch(tree[key], value)
             if not tree[key]:
-                tree[key] = {}  # a new mapping: ruamel.yaml would not indent the emptied mapping
+                # Replace the emptied mapping by a new one: ruamel.yaml would not indent the emptied one.
+                tree[key] = {}
         elif value is None:
             if tree.get(key) is not None:  # a key that is already null keeps its line and comment
                 del tree[key]
-        elif tree.get(key) != value:  # an equal value keeps its notation, such as 2.0e-3
+        elif tree.get(key) != value:  # leave an equal value: 2.0e-3 would become 0.002
             tree[key] = copy.deepcopy(value)
 
 
@@ -156,7 +158,7 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
-        if key not in node or node[key] != value:  # an equal value keeps its notation, such as 2.0e-3
+        if key not in node or node[key] != value:  # leave an equal value: 2.0e-3 would become 0.002
             node[key] = value
 
 

@@ -34,15 +34,15 @@ OTHER_BYTES_PER_TOKEN = 1.5
 VAL_DOCUMENTS = 50  # val documents to aim for; a split by hash then rarely gives fewer than 20
 VAL_TOKENS = 30_000  # val tokens to aim for; every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-# Documents in train and val together. With MAX_VAL_FRACTION, val gets 2: text statistics need at least 2.
+# Minimum number of documents: with MAX_VAL_FRACTION, val has the 2 documents that text statistics need.
 MIN_DOCUMENTS = 10
 FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut files
 # Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-# Number of val tokens to score, in total; they are the first tokens of each val document.
+# Number of tokens to score in all val documents together. Only the first tokens of a document are scored.
 SCORED_TOKENS = 200_000
-# Val documents that must be long enough for a prompt and a continuation.
+# At least this many val documents must be long enough for the proposed prompt and continuation.
 CONTINUED_DOCUMENTS = 8
 MAX_REPEATED = 0.1  # a greater share of repeated documents is treated as a mistake in the corpus
 
@@ -116,7 +116,7 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 
 def _with_limits_of_demo(params_file: Path) -> Params:
-    """Return the settings of params.yaml, but with the experiment `demo`'s limits on the text."""
+    """Return the settings of params.yaml, but take the limits on the text from the experiment `demo`."""
     load_params(params_file)  # raises an error for a mistake in the file; the result is not used
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
     # Replace the limits in params.yaml, which may fit an earlier corpus.
@@ -207,8 +207,8 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # Hold out the last documents ("tail") if files were cut or val is small. A split by hash would put parts
-    # of one file in both splits, or too few documents in val.
+    # Hold out the last documents ("tail") if files were cut: a split by hash would put parts of one file in
+    # both splits. Also do so if val is small: a split by hash could put too few documents in val.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
@@ -258,7 +258,7 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
     steps = max(10, int(float(f"{found:.2g}")))
     time = f"about {format_minutes(steps * step_minutes)} on a quiet machine (estimated)"
     if found == MAX_EPOCHS * steps_per_epoch:
-        time += "; with more epochs, a model often learns a text of this size by heart"
+        time += "; not longer, because with more epochs a model often memorizes a text of this size"
     values = {
         "training.max_steps": steps,
         "training.warmup_steps": max(1, steps // 70),

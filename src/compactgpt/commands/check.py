@@ -71,7 +71,9 @@ def gate(
     against: Annotated[
         str, typer.Option(help="Reference: a .json file, git revision or `champion`.")
     ] = ACCEPTED,
-    accept: Annotated[str, typer.Option(metavar="REASON", help="Make reports/ the new reference.")] = "",
+    accept: Annotated[
+        str, typer.Option(metavar="REASON", help="Make the metrics in reports/ the reference; say why.")
+    ] = "",
     bench: Annotated[
         Path | None, typer.Option(help="Check the training speed that benchmarks/training.py --json wrote.")
     ] = None,

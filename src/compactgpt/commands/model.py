@@ -75,7 +75,7 @@ def generate(
 
 
 def _load(names: Sequence[str], params_file: Path) -> list["Model"]:
-    """Load models. Report each name but MODEL: a baseline takes half a minute to load."""
+    """Load models. Print a message before each model except MODEL: a baseline takes half a minute."""
     from compactgpt.api import load
 
     models = []
@@ -178,7 +178,7 @@ def evaluate(
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
-    """Split a long text into documents. Return them, and a message; it is empty for a single document."""
+    """Split a long text into documents. Return the documents, and a message ("" if the text was not cut)."""
     from compactgpt.config import Files
     from compactgpt.data.splitting import split_text
 
@@ -187,7 +187,7 @@ def _cut(text: str, name: str) -> tuple[list[str], str]:
     )
     pieces = list(split_text(io.BytesIO(text.encode()), name, auto, sys.maxsize))
     cut = pieces[0].cut if pieces else ""
-    message = f"{name}: cut into {len(pieces):,} documents by {cut}; --whole scores one document"
+    message = f"{name}: cut into {len(pieces):,} documents by {cut}; use --whole to score one document"
     return [piece.text for piece in pieces], message if cut else ""
 
 
@@ -204,7 +204,7 @@ def _format_figure(score: "Score", name: str, digits: int) -> str:
 def export(
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     model: ModelFolder = Path(MODEL),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an edited export.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace files you edited.")] = False,
 ) -> None:
     """Export the trained model for transformers.
 

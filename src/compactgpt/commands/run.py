@@ -72,12 +72,12 @@ def init_corpus(
     _show_next(f"; dvc remove --outs {added}; git reset -q -- {added}" if copies else "")
 
 
-def _show_next(remove: str = "") -> None:
-    """Print the next command, and the commands that undo this one. `remove` is added to the latter."""
-    with suppress(UserError):  # not in a git repository
+def _show_next(more_undo: str = "") -> None:
+    """Print the next command, and undo commands. `more_undo` comes before the last undo command."""
+    with suppress(UserError):  # git_text raises UserError outside a git repository
         if git_text(Path(), "status", "--porcelain", LOCK):
             echo(f"your last results are not in git; to keep them: git commit -m results {LOCK} reports")
-    echo(f"next: make repro\nto undo: git checkout HEAD -- {PARAMS} {LOCK} reports{remove}; make repro")
+    echo(f"next: make repro\nto undo: git checkout HEAD -- {PARAMS} {LOCK} reports{more_undo}; make repro")
 
 
 @app.command()
