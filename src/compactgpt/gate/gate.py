@@ -35,7 +35,7 @@ class Noise:
     source: str  # a sentence for the verdict: where the deviation comes from
 
     def quantile(self, level: float) -> float:
-        """Return the rise of the loss that seed noise exceeds with the probability `level`, such as 0.05."""
+        """Return a rise of the loss. With the probability `level`, seed noise alone causes a greater rise."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
@@ -46,7 +46,8 @@ class Documents:
 
     ids: tuple[str, ...]
     tokens: Array  # number of predicted tokens of each document, (documents,)
-    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> total loss of each document
+    # name of a perplexity -> total loss of each document, in nats, from which the perplexity is computed
+    nats: Mapping[str, Array]
     of: int  # number of documents in the complete val split
 
     def select(self, ids: tuple[str, ...]) -> "Documents":
@@ -62,14 +63,15 @@ class Snapshot:
     """What the gate compares: metrics, parameters and hashes of one version of the project."""
 
     name: str  # name of this version in the verdict
-    # How the model was evaluated: `val` -> SHA-256 of the val split; `window` and `own.stride` -> length and
-    # distance of context windows, in tokens. If a value differs between the versions, the gate fails.
+    # Settings of the evaluation. If a value differs between the versions, the gate fails. Keys: `val`
+    # (SHA-256 of the val split), `window` (length of the context windows, in tokens), `own.stride` (tokens
+    # between the starts of two windows), and more.
     fingerprint: Mapping[str, Any]
     data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256 of the train split or tokenizer
     params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
     figures: Mapping[str, float]  # metric -> value
     baselines: Mapping[str, float]  # baseline -> loss, nats per token
-    # task -> `items_sha256` (hash of all items) and `hits` (a digit per item, 1: the answer is right)
+    # task -> `items_sha256` (hash of all items) and `hits` (one digit for each item; 1: the answer is right)
     tasks: Mapping[str, Mapping[str, str]]
     documents: Documents
     reason: str = ""  # why a person accepted this version as the reference
@@ -172,7 +174,8 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
         without += ("download.", "tokenization.")  # they affect only the data, and the data is equal
 
     def acting(params: Mapping[str, Any]) -> dict[str, Any]:
-        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # `params` stores a list as JSON
+        # The names are a list as JSON text, such as `["xz", "gpt2"]`, so each name has quotation marks.
+        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))
         in_use = tuple(f"baseline.specs.{name}." for name in names)
         used = (key for key in params if key.startswith(in_use) or not key.startswith("baseline.specs."))
         return {key: params[key] for key in used if not key.startswith(without)}
@@ -223,7 +226,10 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
             yield _check_accuracy(then, now, name, settings.tolerances[name], level)
         elif name in hits:
             right, of = hits[name].count("1"), len(hits[name])
-            says = f"can't fail: the reference has {right} right answers of {of:,}, so even 0 would pass"
+            says = (
+                f"this check can't fail: the reference has only {right} right answers of {of:,}, so a model "
+                "with 0 right answers would pass, too"
+            )
             yield Check(name, "info", says, before, after)
         else:
             yield _check_perplexity(then, now, name, settings.tolerances[name], noise, level)
@@ -232,18 +238,21 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
 def choose_accuracies(
     hits: Mapping[str, str], settings: Regression, *, has_perplexity: bool
 ) -> tuple[list[str], float]:
-    """Return the accuracies that can fail, and the significance level of each test.
+    """Return the names of the accuracies whose check can fail, and the significance level of each test.
 
-    `hits`: accuracy -> a digit per item, 1 if the accepted model's answer is right.
-    `has_perplexity`: whether the gate tests a perplexity, too. More tests give each test a lower level.
+    `hits`: name of an accuracy -> one digit for each item; 1: the accepted model's answer is right.
+    `has_perplexity`: whether the gate also tests a perplexity. The more tests, the lower is the level,
+    because all tests together share `settings.false_alarms`.
     """
-    # An accuracy can fail if its fall to 0 would exceed the tolerance and be significant. If all n
-    # right answers are lost, McNemar's test (null hypothesis: the models are equally good) gives p = 0.5^n.
-    lost = {name: found.count("1") for name, found in hits.items()}
-    able = [name for name in hits if lost[name] > settings.tolerances[name] * len(hits[name])]
-    able.sort(key=lambda name: -lost[name])
-    while able and 0.5 ** lost[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
-        able.pop()  # drop the task with the fewest right answers: fewer tests give each test a higher level
+    # The worst model has no right answer. A check can fail only if this model would fail: the fall of the
+    # accuracy must be above the tolerance and significant. If n right answers become wrong and no wrong
+    # answer becomes right, McNemar's test gives p = 0.5^n.
+    right = {name: found.count("1") for name, found in hits.items()}
+    able = [name for name in hits if right[name] > settings.tolerances[name] * len(hits[name])]
+    able.sort(key=lambda name: -right[name])
+    while able and 0.5 ** right[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
+        # Without the accuracy with the fewest right answers, each other test has a higher level.
+        able.pop()
     return able, settings.false_alarms / max(1, has_perplexity + len(able))
 
 

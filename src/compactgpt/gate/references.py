@@ -42,7 +42,7 @@ _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
 # Fields of `Snapshot` that are copied to the file of an accepted reference without change.
 _UNCHANGED = ("fingerprint", "data", "params", "figures", "baselines", "tasks")
-_SAME_SUM = 1e-9  # nats per token; a sum of the same losses in another order differs by less
+_MAX_ROUNDING = 1e-9  # nats per token; losses that differ by more are from different runs
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
 
@@ -57,13 +57,14 @@ class _Reference(Section):
 
     model_config = ConfigDict(populate_by_name=True)
     version: Literal[1] = 1
-    accepted: str  # `Snapshot.reason`
+    accepted: str  # why a person accepted this reference (`Snapshot.reason`)
     baselines: dict[str, float]
     data: dict[str, str]
     documents: _Rows
     figures: dict[str, float]
     params: dict[str, Any]
-    fingerprint: dict[str, Any] = Field(alias="ruler")  # the key in existing files  wording: quoted
+    # Existing files have this old key. `wording: quoted` makes scripts/vocabulary.py accept the line.
+    fingerprint: dict[str, Any] = Field(alias="ruler")  # wording: quoted
     tasks: dict[str, dict[str, str]]
 
 
@@ -212,7 +213,7 @@ def _figures(evaluation: Score, trained: Trained) -> dict[str, float]:
 def _read_documents(path: Path, reported: float) -> Documents:
     totals = read_totals(path)
     loss = float(totals.nats.sum() / totals.tokens.sum())
-    if abs(loss - reported) > _SAME_SUM:
+    if abs(loss - reported) > _MAX_ROUNDING:
         raise BadData(
             f"{path} gives a loss of {loss:.6f}, but reports/evaluation.json has {reported:.6f}: the files "
             "are from different runs; run `dvc repro` or `dvc checkout`"

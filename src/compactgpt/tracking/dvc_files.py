@@ -254,8 +254,9 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return the files of an output: path in the output ("" for a file) -> path in the cache.
+        """Return the files of an output: path relative to the output -> path in the cache.
 
+        An output that is a single file has the relative path "".
         Raises MissingInput if the cache lacks a file, and OutsideFolder for an invalid hash or path.
         """
         if not md5.endswith(".dir"):
@@ -327,7 +328,8 @@ def open_repo(root: Path) -> Iterator[Any]:
 def pipeline_stages(repo: Any) -> list[Any]:
     """Return the stages of dvc.yaml.
 
-    DVC's index also has each .dvc file, such as corpus/input.txt.dvc: a stage without command and name.
+    For DVC, each .dvc file, such as corpus/input.txt.dvc, is a stage, too. These stages are left out,
+    because they have no command.
     """
     return [stage for stage in repo.index.stages if stage.cmd]
 

@@ -43,7 +43,7 @@ def start_logger(run_folder: Path) -> None:
 
 
 def copied_to(folder: RunFolder) -> str:
-    """Return the `Store.identity` of the MLflow store with a full copy of `folder`, or "" if none has."""
+    """Return the `identity` of the `Store` that has a full copy of `folder`, or "" if no store has one."""
     note = folder.path / "mlflow.json"
     return str(read_json(note)["store"]) if note.exists() else ""
 
@@ -113,7 +113,8 @@ class Logger:
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
-        # A restarted process logs the journal from its first line: MLflow stores equal metrics only once.
+        # A restarted process logs all lines again. This is harmless, because MLflow stores a metric with the
+        # same name, step, time and value only once.
         self.store.log(copied.run_id, lines)
         if self.run_id:
             self.store.log(self.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])
@@ -186,7 +187,7 @@ def follow(folder: RunFolder) -> None:
                     logger = None
                 if str(error) != reported:
                     reported = str(error)
-                    logging.warning("not copied, trying again: %s", error)
+                    logging.warning("the journals are not copied to MLflow yet, trying again: %s", error)
                 last_work = time.monotonic() if folder.alive else last_work
             time.sleep(POLL_SECONDS)
 
@@ -205,7 +206,7 @@ def sync(root: Path) -> str:
         with suppress(UserError), folder.locked() as is_ours:
             if is_ours:
                 folder.keep_after()
-    # If mlflow.db has all runs, return before the import of MLflow, which takes seconds.
+    # The import of MLflow takes seconds, so return before the import if mlflow.db has all runs.
     lock = hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
     note, content = tracking_folder(root) / "synced.json", json.dumps({**current, "lock_sha256": lock})
     is_local = current["uri"] == DEFAULT_URI and (root / "mlflow.db").exists()
@@ -244,17 +245,17 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
 
 
 def _log_missing_run(root: Path, current: dict[str, str], lock: str) -> bool:
-    """Log an MLflow run for the results in dvc.lock, unless MLflow has a run with these results.
+    """Create an MLflow run for the results in dvc.lock if MLflow has no such run.
 
-    Returns whether MLflow has a run for the results now. `lock` is the SHA-256 of dvc.lock.
+    Returns whether MLflow has the run at the end. `lock` is the SHA-256 of dvc.lock.
     """
     place, store = Folder(root), open_store(root, current)
     with store_errors(current["uri"]):
         if store.find("lock_sha256", lock):
             return True
         found = pipeline_run.find_outcome(place, place, [], "dvc repro", root)
-        if not found.stages or found.status != "FINISHED":  # log no run: a stage has no current results
-            return False
+        if not found.stages or found.status != "FINISHED":
+            return False  # create no run, because results of a stage are missing or out of date
         tags = {**git_facts(root), **journal.machine_facts()}
         pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
         facts = {"tags": tags, "pipeline": pipeline, "workspace": str(root.resolve())}

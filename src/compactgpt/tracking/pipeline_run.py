@@ -106,16 +106,18 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return the folder or git commit with the final dvc.lock; None if DVC may still make the commit."""
+        """Return the folder or git commit that has dvc.lock as `dvc` left it, or None: try again later."""
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")
             reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
             with suppress(UserError):  # git raises UserError if the experiment has no commit
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
+            # Without a commit, return None for COMMIT_SECONDS, because DVC may still create the commit.
             newest = max(file.path.stat().st_mtime for file in self.journals())
             return Folder(self.path / "no-commit") if time.time() - newest > COMMIT_SECONDS else None
-        # Prefer the copy of dvc.lock that the next `dvc` process in the same work tree saved when it started.
+        # A later `dvc` process can have changed dvc.lock in this work tree. Before the change, it copied the
+        # file to its folder `before/`, so use the copy.
         for later in run_folders(self.root):
             if later.path.name > self.path.name and later.start.get("workspace") == workspace:
                 return later.before
@@ -133,7 +135,7 @@ class RunFolder:
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # `find_outcome` compares code and corpus with the work tree, because `before/` has no copies of them.
+        # `before/` has no copies of the code and the corpus, so `find_outcome` reads them in the work tree.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         for path, md5 in outs(place, found).items():
@@ -154,8 +156,8 @@ def find_outcome(
 ) -> Outcome:
     """Return the outcome of the `dvc` process that ran `command`.
 
-    `before` has dvc.lock and params.yaml from before the process, and `place` has them from after it.
-    `tree` is the work tree, or None if `place` is a commit.
+    `before` has dvc.lock and params.yaml from the start of the process. `place` has the project's files
+    from the end of the process. `tree` is the work tree, or None if `place` is a commit.
     """
     try:
         stages, locked = dvc_files.read_stages(place), dvc_files.read_entries(place)
@@ -165,7 +167,7 @@ def find_outcome(
         return Outcome(status="FAILED", reason=str(error))
     ran = {file.start["stage"]: file for file in journals}
     found, made = Outcome(), dvc_files.all_outs(locked)
-    valid: dict[str, str] = {}  # path of an output of a successful or up-to-date stage -> MD5
+    valid: dict[str, str] = {}  # path -> MD5 for outputs of stages that succeeded or are up to date
     for stage in stages:  # in dvc.yaml, each stage follows all stages on which it depends
         entry = locked.get(stage, {})
         found.stages[stage] = NOT_REACHED
@@ -189,10 +191,11 @@ def find_outcome(
 def _is_current(
     entry: Entry, params: dict[str, Any], made: dict[str, str], valid: dict[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage is up to date: `entry` (from dvc.lock) has the current inputs and `params`.
+    """Return whether a stage is up to date: whether its inputs and `params` are those in `entry`.
 
-    `made` maps each output in dvc.lock to its MD5; `valid` has only outputs of up-to-date stages.
-    `tree` is the work tree, or None if a commit has the files.
+    `entry` is the stage's entry in dvc.lock. `made` has path -> MD5 for all outputs in dvc.lock, and
+    `valid` only for outputs of stages that succeeded or are up to date.
+    `tree` is the work tree, or None if the files are read from a commit.
     """
     wanted = dvc_files.entry_params(entry)
     if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:
@@ -201,20 +204,21 @@ def _is_current(
         inside = {out for out in made if dvc_files.overlap(out, path)}
         if not inside <= valid.keys() or made.get(path, md5) != md5:
             return False
-        # Code in the work tree must have the MD5 in dvc.lock. A commit has the code that ran: no check.
+        # A path that no stage made is code or the corpus. In the work tree, its MD5 must be as in dvc.lock.
+        # A commit needs no check, because the commit has the code that ran.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
 
 
 def outs(place: Place, found: Outcome) -> dict[str, str]:
-    """Return path -> MD5 for the outputs of the stages that succeeded, as in the dvc.lock of `place`."""
+    """Return path -> MD5 for the outputs of the stages in `found.entries`. Reads dvc.lock in `place`."""
     entries = dvc_files.read_entries(place) if found.entries else {}
     return dvc_files.all_outs({stage: entries[stage] for stage in found.entries})
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of skipped stages, read from the reports in `after`, as lines of a journal."""
+    """Yield journal lines with the metrics of the stages that DVC skipped. Reads the reports in `after`."""
     for stage in found.entries:
         path = after / f"reports/{stage.replace('@', '/')}.json"
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():

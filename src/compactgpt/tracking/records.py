@@ -88,7 +88,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
             raise BadConfig(f"the ids of {len(runs)} runs begin with {wanted}: type more of its characters")
         tags, run_id = runs[0].data.tags, runs[0].info.run_id
         folder = tempfile.mkdtemp(dir=scratch)
-        # Download from a stage's parent, the pipeline's run, because it has files such as dvc.lock.
+        # The parent of a stage's run is the pipeline's run. Only the parent has files such as dvc.lock.
         store.client.download_artifacts(tags.get("mlflow.parentRunId", run_id), "", folder)
     name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(Path(folder))
     if place.read(LOCK) is None:

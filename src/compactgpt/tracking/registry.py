@@ -77,8 +77,9 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
             name="compact",
             task="text-generation",
             run_id=run_id,
-            # MLflow would copy the run's metrics of this step to the model, but without their data set. No
-            # metric has step -1, so MLflow copies none.
+            # MLflow copies the run's metrics with this step to the model, but these metrics name no data set.
+            # No metric has step -1, so MLflow copies no metric: the function `log_model` above logs the
+            # metrics with the data set.
             step=-1,
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
@@ -101,7 +102,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with the SHA-256 `weights` as champion and return its version number.
 
     Raises MissingInput for an unknown model.
-    Raises CheckFailed if `reason` is empty and the present champion's configuration is not the model's.
+    Raises CheckFailed if the present champion has another configuration than the model and `reason` is empty.
     """
     import mlflow
 

@@ -35,8 +35,8 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import numbers
 from compactgpt.tracking.records import WORKSPACE, Version, changed_environment, find_version, version_here
 
-# A stage and its input folder. The folder may have changed, so a second run restores the stage's outputs if
-# possible, and does not run the stage.
+# DATA is a stage, and CORPUS is its input folder. The folder can have changed since the version, so
+# `reproduce` restores the outputs of the stage. The stage runs only if an output can't be found.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # Rounding can explain losses that differ by up to 1 %. The largest measured difference was 0.15 %.
@@ -45,8 +45,8 @@ LOSS_TOLERANCE = 0.01
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
 # DVC's settings in the checkout. The checkout has its own cache and no remote.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
-# Folders of .state that are not linked into the checkout, because they have no downloaded files.
-_OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
+# Folders of .state without downloaded files. `_copy_downloads` links only the other folders.
+_NO_DOWNLOADS = {"locks", "reproductions", "tokenization", "tracking", "training"}
 # A number in a report is a loss if its key ends in one of these names.
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
@@ -156,11 +156,12 @@ def _machine_changes(version: Version, here: Version) -> dict[str, str]:
 
 
 def is_in_history(version: Version, root: Path) -> bool:
-    """Return whether HEAD's history has the version; False for MLflow runs: their code may be uncommitted."""
+    """Return whether the version is a git commit in the history of HEAD."""
     if not isinstance(version.place, Commit):
-        return False
-    # The output of git is empty if the history of HEAD has the commit.
-    return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")
+        return False  # an MLflow run, whose code can have uncommitted changes
+    # `git rev-list` prints the commit only if the commit is not in the history of HEAD.
+    printed = git_text(root, "rev-list", "-1", version.commit, "^HEAD")
+    return printed == ""
 
 
 def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
@@ -207,7 +208,7 @@ def _stage_commands(tree: Path) -> dict[str, str]:
 def _copy_downloads(root: Path, tree: Path) -> None:
     """Link the project's downloaded files into the checkout. Links are safe: no stage changes the files."""
     for folder in (root / ".state").iterdir():
-        if folder.is_dir() and folder.name not in _OWN_STATE:
+        if folder.is_dir() and folder.name not in _NO_DOWNLOADS:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=os.link)
 
 
@@ -272,11 +273,12 @@ def compare_hashes(version: Version, second: Version) -> Result:
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = [text for name, text in _machine_changes(version, second).items() if name in _ARITHMETIC]
-    # Rounding can cause these two: a stage has other outputs, and so later stages have other inputs.
-    computed = ("other inputs", "other outs")
-    other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
+    # Rounding can change the outputs of a stage, and these outputs are the inputs of later stages.
+    by_rounding = ("other inputs", "other outs")
+    other = [f"{stage} has {change}" for stage, change in changed.items() if change not in by_rounding]
     verdict = DIFFERENT
-    # The verdict ROUNDING needs equal code and parameters, a cause such as another CPU, and close losses.
+    # The verdict is ROUNDING only if code and parameters are equal, the losses are close, and something that
+    # can change the rounding is different, such as the CPU or the version of PyTorch.
     if other:
         why = other[0]
     elif causes and largest <= LOSS_TOLERANCE:

@@ -112,7 +112,8 @@ class Store:
         """Log the files of `folder` to an MLflow run, in its artifact folder `target` or at the top."""
         self.client.log_artifacts(run_id, str(folder), target)
         if (folder / DIFF).exists():
-            # Log the uncommitted changes again, privately: `log_artifacts` made their copy readable for all.
+            # `log_artifacts` has made a copy of the uncommitted changes that all users can read. Replace the
+            # copy with a private one: `log_artifact` keeps the permissions of the file.
             self.client.log_artifact(run_id, str(folder / DIFF), target)
 
     def start_monitor(self, run_id: str) -> Any:
@@ -126,10 +127,10 @@ class Store:
 
 
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
-    """Open the MLflow store that `wanted` describes; without it, the store that the user has chosen.
+    """Open an MLflow store, and create its SQLite database or its experiment if they are missing.
 
-    `tracking_store` returns such descriptions.
-    Creates a missing SQLite database or experiment. Raises Unreachable if MLflow fails.
+    `wanted` is an earlier result of `tracking_store`. None: open the store that the environment
+    variables name now. Raises Unreachable if MLflow fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():

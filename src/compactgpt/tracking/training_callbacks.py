@@ -39,7 +39,7 @@ class TrainingCallbacks:
         self.warned: set[str] = set()  # names of the warnings that were printed
         self.encoding = load_encoding(tokenizer) if self.params.runtime.sample_interval else None
         expected = expected_loss(self.params)
-        # Not all windows of the val split, so the stage `evaluation` reports another loss.
+        # This loss is from only some windows of the val split, so the loss in the stage `evaluation` differs.
         self.val_loss = f"val loss of {self.params.training.eval_windows} windows"
         self.figures = dict.fromkeys(("train loss", self.val_loss, "tokens/s", "left"), "-")
         # Do not show the predicted loss for a user's own text: no run has tested the prediction on such text.
@@ -117,7 +117,7 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def overfitting_warning(rows: list[Row]) -> str | None:
-    """Return a warning if the val loss is OVERFITTING above its minimum, but the train loss still fell."""
+    """Return a warning if, since the best step, the val loss rose by OVERFITTING and the train loss fell."""
     best, last = best_row(rows), rows[-1]
     if last.val_loss < best.val_loss + OVERFITTING or last.train_loss >= best.train_loss:
         return None
