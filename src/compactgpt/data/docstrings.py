@@ -19,12 +19,12 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-# Characters. A longer metadata field `License` has the text of the licence, not its name.
+# A licence's name has at most this many characters. A longer field `License` has the complete licence text.
 _SHORT_LICENCE = 40
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# Fields of an `ast` node that contain statements, directly or in blocks.
+# Fields of `ast` nodes that hold statements, or hold nodes with statements (`handlers` and `cases`).
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 

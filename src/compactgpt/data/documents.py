@@ -41,9 +41,9 @@ class Corpus:
     """The texts of a corpus, with a function that reads the texts from any position."""
 
     name: str  # the value of `download.corpus` in params.yaml
-    identity: Any  # a JSON value; if the value changes, shards of a stopped `download` are not used
+    identity: Any  # settings and files that determine the texts (JSON); after a change, `download` restarts
     parts: Sequence[Part]  # in the order in which `read` yields their texts
-    read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; for None, all texts
+    read: Callable[[Any], Iterator[Text]]  # yields the texts after a `Text.position`, or all texts for None
     lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
 
 
@@ -134,7 +134,8 @@ def write_shards(
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 missing -= size
                 group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
-        # No document of the next shard has been read, so the caller can store its position in `documents`.
+        # `documents` has been read exactly to the end of this shard: if the caller stores this position now,
+        # a resumed `download` starts with the first document of the next shard.
         yield path
 
 

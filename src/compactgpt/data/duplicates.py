@@ -39,9 +39,11 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_NEIGHBOURS = 8  # `_candidates` pairs a document with at most this many later documents of equal key
-# `digest_documents` stores about this many train documents per n-gram, and leaves out later ones.
-_OWNERS_PER_NGRAM = 10
+# `_candidates` sorts the documents by key. Each document is paired with at most this many of the documents
+# that come after it and have the same key.
+_NEIGHBOURS = 8
+# For an n-gram, `digest_documents` stores about this many train documents: the first that contain the n-gram.
+_TRAIN_DOCUMENTS_PER_NGRAM = 10
 
 
 def word_hashes(text: str) -> Hashes:
@@ -74,7 +76,7 @@ class Digest(NamedTuple):
 
     documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val (is in the val split)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
-    # One row for each document and each of its n-grams that is also in val.
+    # Each row has a document and one of its n-grams. N-grams that are not in val have no row.
     # Columns: document (row of `documents`), ngram (index in the result of `val_ngrams`).
     hits: "pd.DataFrame"
 
@@ -102,8 +104,9 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, ngrams_fi
         words = word_hashes(document.text)
         ngrams = ngram_hashes(words, params.shingle_words)
         if not len(ngrams):
-            # A document too short for an n-gram gets one hash: of all its words or, without words, of its id.
-            ngrams = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
+            # The document is shorter than an n-gram: hash all its words or, if it has no words, its id.
+            content = words.tobytes() or bytes.fromhex(document.id)
+            ngrams = np.array([_hash(content)], np.uint64)
         shingles.append(ngrams)
         ngrams = ngram_hashes(words, params.overlap_words)
         positions = np.searchsorted(wanted, ngrams)
@@ -138,7 +141,7 @@ def digest_documents(
     import pandas as pd
 
     ngrams = val_ngrams(groups, rule, params.overlap_words)
-    num_owners = np.zeros(len(ngrams), np.int32)  # (n-grams,) number of train documents with this n-gram
+    num_train = np.zeros(len(ngrams), np.int32)  # (n-grams,) number of train documents with this n-gram
     parts: list[Digest] = []
     documents = 0
     with TemporaryDirectory() as scratch:
@@ -148,10 +151,10 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Keep only some train documents of each n-gram: a common text, such as a licence, is in so many
-            # documents that the hits of its n-grams would fill the memory.
-            is_kept = of_val | (num_owners[hits["ngram"]] < _OWNERS_PER_NGRAM)
-            np.add.at(num_owners, hits["ngram"].to_numpy()[~of_val], 1)
+            # Keep only some of the train documents that contain an n-gram. Otherwise the hits would fill the
+            # memory, because a common text, such as a licence, is in very many documents.
+            is_kept = of_val | (num_train[hits["ngram"]] < _TRAIN_DOCUMENTS_PER_NGRAM)
+            np.add.at(num_train, hits["ngram"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.
             hits = hits.assign(document=hits["document"] + documents)
             parts.append(part._replace(hits=hits[is_kept]))
@@ -168,15 +171,16 @@ def digest_documents(
 
 
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
-    """Return a table of twins: for a document, the most similar document in each split.
+    """Return a table: for each document, the most similar document in train, and the most similar in val.
 
-    Columns: document and twin (rows of `corpus.documents`), score (estimated similarity, at least
-    `params.similarity`), in_val (the document is in val), across (the twin is in the other split).
+    Columns: document and twin (the similar document), both as row numbers in `corpus.documents`; score
+    (estimated similarity; pairs below `params.similarity` are left out); in_val (whether the document is in
+    val); across (whether document and twin are in different splits).
     """
     import pandas as pd
 
     in_val, signatures = corpus.documents["in_val"].to_numpy(), corpus.signatures
-    # Search here, since the search in the library rensa takes 1.3 KB of memory per document.
+    # Search with numpy, because the search in the library rensa takes 1.3 KB of memory per document.
     width = params.permutations // params.bands
     found = []
     # Two documents are compared if a band, `width` columns of MinHash values, is equal (Broder 1997).
@@ -220,10 +224,11 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 
 
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
-    """Return a table: how much of each val document is also in train (GPT-3, appendix C).
+    """Return a table that says how much of each val document is also in train (GPT-3, appendix C).
 
-    Columns: document and twin (rows of `corpus.documents`; twin is -1 if no n-gram is shared), ngrams (number
-    of the document's different n-grams), seen (number of these that are in train), score = seen / ngrams.
+    Columns: document and twin (row numbers in `corpus.documents`; twin is -1 if train has no n-gram of the
+    document), ngrams (how many different n-grams the document has), seen (how many of these n-grams are in
+    train), score (seen / ngrams).
     """
     import pandas as pd
 
@@ -231,7 +236,7 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
     of_val = in_val[hits["document"]]
     shared = hits[of_val].merge(hits[~of_val].rename(columns={"document": "twin"}), on="ngram")
     counts = shared.groupby(["document", "twin"], as_index=False).size()
-    # The sort is stable: of equal counts, the first train document is the twin.
+    # The sort is stable: if several train documents share equally many n-grams, the first one is the twin.
     counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
     overlap = pd.DataFrame(
         {

@@ -1,7 +1,7 @@
 """Download models and files from the Hugging Face hub, and upload models.
 
-A file that is already in the local cache of huggingface_hub is read without a network. An error
-message ends with the function's argument `advice`: what the user can do.
+A file that is already in the local cache of huggingface_hub is read without a network.
+Several functions take `advice`: a text for error messages that says what the user can do.
 """
 
 import hashlib
@@ -180,8 +180,8 @@ def check_sources(params: Params) -> None:
     Raises MissingInput if a local file is missing, BadConfig if a model folder has a wrong hash or the hub
     lacks a commit, and Unreachable if the hub does not answer.
     """
-    # What the hub must have: (kind of repository, owner/name, commit). The key is the value of the option -S
-    # with which the user can give a local copy instead.
+    # What the hub must have: (kind of repository, owner/name, commit). Each key is the text that a user can
+    # write after the option -S of `dvc exp run` to use a local copy instead of the hub.
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]

@@ -22,9 +22,9 @@ class _Position(NamedTuple):
     """The position in a data set at which the stage `download` resumes after a stop."""
 
     split: int = 0  # index in `HubSet.splits`
-    rows: int = 0  # number of rows of this split that are skipped
-    state: Any = None  # state of the `datasets` iterator after these rows; None: before the first row
-    texts: int = 0  # number of texts of the next row that are skipped too
+    rows: int = 0  # number of rows to skip at the beginning of this split
+    state: Any = None  # state of the `datasets` iterator after the skipped rows; None if no row is skipped
+    texts: int = 0  # number of texts to skip, too, at the beginning of the row after the skipped rows
 
 
 class _Row(NamedTuple):
@@ -88,10 +88,11 @@ class _DataSet:
             )
 
     def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[_Row, list[str]]]:
-        """Yield each row of a split with the texts that begin in this row. `split`: index in `HubSet.splits`.
+        """Yield each row of a split in which a text begins, with a list of the texts that begin in the row.
 
-        A text is a row, several joined rows, or a part of a row. Reading starts after the first `rows` rows;
-        `state` is the state of the `datasets` iterator there, or None before the first row.
+        A text is one row, several joined rows, or a part of a row. `split` is an index in `HubSet.splits`.
+        The first `rows` rows are skipped. `state` is the state of the `datasets` iterator after these rows,
+        or None to start with the first row.
         """
         opens_document = self.chosen.opens_document
         if opens_document is None:

@@ -15,7 +15,8 @@ def check_dependencies(root: Path) -> None:
     """Raise BadData if DVC can't read a dependency in dvc.yaml, such as a named pipe or a broken link."""
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     names = {name for stage in stages.values() for name in stage.get("deps") or []}
-    for name in sorted(name for name in names if "${" not in name):  # skip outputs of stages: `${` in a name
+    # Skip names with a DVC variable (`${...}`), because they are not paths.
+    for name in sorted(name for name in names if "${" not in name):
         path = root / name
         if path.is_dir():
             check_files(path)
@@ -37,8 +38,9 @@ def check_files(folder: Path) -> None:
         for path in (Path(parent, name) for name in folders):
             if path.is_symlink():
                 raise BadData(
-                    f"{path} is a link to a folder, and DVC notices no change there: remove the link, then "
-                    f"add its files: `dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}`"
+                    f"{path} is a link to a folder, and DVC does not see changes in that folder: remove the "
+                    "link, then copy the folder into the project: "
+                    f"`dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}`"
                 )
         for name in files:
             _check_regular(Path(parent, name))
@@ -52,10 +54,10 @@ def _check_regular(path: Path) -> None:
 
 
 def require_corpus(original: Path) -> None:
-    """Check that corpus/ has all files of corpus/ in the repository `original`.
+    """Check that no file of `original`/corpus is missing in the folder corpus/ of the current folder.
 
-    The current folder is the temporary copy of `original` in which DVC runs an experiment.
-    Raises MissingInput if files are missing.
+    `original` is the user's repository. The current folder is the temporary copy of this repository in which
+    DVC runs an experiment. Raises MissingInput if files are missing.
     """
     names = {path.name for path in (original / "corpus").glob("[!.]*")}
     if missing := sorted(name for name in names if not Path("corpus", name).exists()):

@@ -96,7 +96,7 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         # In a random split, the number of val (or train) documents is binomial. Its standard deviation:
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))
         row["share_deviation"] = abs(documents - expected) / deviation
-        what = f"{name}: number of documents, in standard deviations from the expected number"
+        what = f"{name}: difference from the expected number of documents, in standard deviations"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
         suite.append(bound("share_deviation", what, advice, most=params.max_val_deviation))
     return Table(name, [{"id": name, "source": split.path.name, **row}], suite)
@@ -145,10 +145,11 @@ def _count_repetition(
 
 
 def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return a table of val documents: each has a twin, or a score above `flagged_overlap` in `overlap`."""
+    """Return val documents with a near duplicate, or a share of n-grams in train above `flagged_overlap`."""
     import pandas as pd
 
-    # Sort the twin in train before the twin in val: `drop_duplicates` keeps a document's first row.
+    # A document may have a twin in train and another twin in val. Sort the twin in train first, because
+    # `drop_duplicates` keeps only the first row of each document.
     of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
     of_val = of_val.drop_duplicates("document").assign(kind="near duplicate")
     in_train = overlap[(overlap["twin"] >= 0) & (overlap["score"] > params.flagged_overlap)]
@@ -172,17 +173,22 @@ def uncompared(report: Mapping[str, Any], words: int) -> str:
     if 2 * short <= total:
         return ""
     return (
-        f"{short:,} of {total:,} val documents have fewer than {words} words: a copy of such a document in "
-        "train is found only if it is complete; use longer documents, or lower inspection.overlap_words"
+        f"{short:,} of {total:,} val documents have fewer than {words} words: the check can't find copies "
+        "of these documents inside longer train documents. Use longer documents, or lower "
+        "inspection.overlap_words"
     )
 
 
 def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Table:
     shares = {key: repetition[key] for key in ("repeated_share", "leaked_share")}
     twins, leaked = "share of documents that repeat another one", "share of val's documents that are in train"
-    remove = "remove the documents that the report lists under `flagged`"
-    twins_advice = f"{remove} and `repeated`, or raise inspection.max_repeated_share"
-    leaked_advice = f"{remove}, or raise inspection.max_leaked_share"
+    twins_advice = (
+        "remove the documents that the report lists under `flagged` and `repeated`, or raise "
+        "inspection.max_repeated_share"
+    )
+    leaked_advice = (
+        "remove the documents that the report lists under `flagged`, or raise inspection.max_leaked_share"
+    )
     suite = [
         bound("repeated_share", twins, twins_advice, most=params.max_repeated_share),
         bound("leaked_share", leaked, leaked_advice, most=params.max_leaked_share),

@@ -111,7 +111,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
                 os.link(state / name, temporary / name)
             except OSError:  # copy if the file system has no hard links
                 shutil.copyfile(state / name, temporary / name)
-        # The ids come in the order of `corpus.parts`, so `islice` takes the ids of one part.
+        # `ids` is in the order of `corpus.parts`, so that each `islice` below takes the ids of the next part.
         ids = _read_ids(state, collected.shards)
         facts["sources"] = []
         for part, number, size in zip(corpus.parts, collected.documents, collected.bytes, strict=True):
@@ -186,8 +186,9 @@ def _select(
             continue
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
+        # Stop at the first text that does not fit: the kept texts must be the beginning of the corpus.
         if sum(collected.bytes) + size > max_bytes:
-            return  # stop here: with a later, shorter text, the kept text would have a gap
+            return
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

@@ -30,7 +30,8 @@ _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 16  # number of parquet rows that are read at a time; small, since a row may be long
 _CHUNK_BYTES = 2**20
-_ANY_RATIO_BYTES = 2**24  # up to this size, decompressed content may exceed max_decompression_ratio
+# `max_decompression_ratio` is checked only if the decompressed content is larger than this.
+_MIN_BYTES_TO_CHECK_RATIO = 2**24
 
 
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
@@ -144,7 +145,7 @@ class _Decompressed(io.RawIOBase):
 
         self._stream = pa.input_stream(str(path), compression=_CODECS[path.suffix.lower()])
         self._name, self._read = name, 0
-        by_ratio = max(_ANY_RATIO_BYTES, params.max_decompression_ratio * path.stat().st_size)
+        by_ratio = max(_MIN_BYTES_TO_CHECK_RATIO, params.max_decompression_ratio * path.stat().st_size)
         self._max_bytes = min(by_ratio, params.max_decompressed_megabytes * MEGABYTE)
 
     def readable(self) -> bool:

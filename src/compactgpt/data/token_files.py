@@ -203,7 +203,7 @@ class Window:
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
     """Cut every document into windows of at most `window` targets.
 
-    Each token of a text is a target exactly once, and the end-of-text token never.
+    Each token of a document is a target exactly once. The end-of-text token is never a target.
     """
     return cut_windows(document_streams(split), window)
 

@@ -54,11 +54,12 @@ def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size
     """
     if split == "hash":
         return SplitRule(val_fraction)
-    wanted = val_fraction * size  # bytes of text that val still needs; val is the end, as in nanoGPT
+    # As in nanoGPT, val is the end of the corpus.
+    missing = val_fraction * size  # bytes of text that val still needs
     for group in reversed(groups):  # from the end, so that only the val documents are read
         for row, document in reversed([*enumerate(read_row_group(group))]):
-            wanted -= len(document.text.encode())
-            if wanted <= 0:
+            missing -= len(document.text.encode())
+            if missing <= 0:
                 return SplitRule(val_fraction, (group.path.name, group.number, row))
     return SplitRule(val_fraction, ("", 0, 0))  # reached only if the corpus has no document
 
@@ -129,9 +130,10 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Write the token files of one shard, and return the number of bytes of its text.
+    """Write the token files of one shard, and return the number of bytes of the shard's text.
 
-    `groups` are the row groups of the shard. The token files are in a folder of `chunks`, called a chunk.
+    `groups` are the row groups of the shard. The token files are written to a subfolder of `chunks`. This
+    subfolder is called a chunk, and has the name of the shard.
     """
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # raised for a missing or damaged chunk, which is written below

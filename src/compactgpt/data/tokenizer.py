@@ -24,10 +24,11 @@ from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 # The regular expression that cuts text into words for GPT-2, copied from tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# Once per this many bytes, gigatoken's token ids of one text are compared with tiktoken's.
+# Each time gigatoken has encoded this many bytes, the token ids of one text are compared with tiktoken's.
 CHECK_EVERY_BYTES = 2**20
 CHECK_CHARACTERS = 2**11  # the comparison with tiktoken uses only this many characters of a text
-# gigatoken keeps every word in memory (0.3 to 9 MB per MB of text): it is loaded again after this many bytes.
+# gigatoken keeps every word in memory (0.3 to 9 MB per MB of text). To free this memory, gigatoken is loaded
+# again after this many bytes of text.
 RESTART_EVERY_BYTES = 2**25
 
 TokenIds = npt.NDArray[np.uint32]
@@ -93,9 +94,10 @@ def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """Return a map from each character in GPT-2's published files to its byte.
+    """Return a map from each character in GPT-2's published files to the byte that the character stands for.
 
-    The bytes are in the order of their token ids. Inverse of bytes_to_unicode, openai/gpt-2, src/encoder.py.
+    The bytes are sorted by their token ids. The function `bytes_to_unicode` in openai/gpt-2, src/encoder.py,
+    returns the inverse map.
     """
     # GPT-2's files write a byte that is not printable, or is a space, as a character from U+0100 on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
@@ -124,17 +126,18 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
         ) from error
 
 
-# UTF-8 of the characters that are new in Unicode 17, and of some older characters. If a text contains one,
-# tiktoken encodes the text: at new characters, gigatoken cuts words differently.
+# gigatoken and tiktoken cut words differently at characters that are new in Unicode 17. So tiktoken encodes
+# each text that has a match of this pattern. The pattern matches the first bytes of the new characters in
+# UTF-8. Some older characters begin with the same bytes.
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 
 class GigatokenEncoder:
-    """Encodes text with gigatoken, and compares samples of the token ids with those of tiktoken."""
+    """Encodes text with gigatoken, and checks on samples that tiktoken gives the same token ids."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
-        self._unchecked_bytes = CHECK_EVERY_BYTES  # so the first text is compared with tiktoken, too
+        self._unchecked_bytes = CHECK_EVERY_BYTES  # starts at the limit, so that the first text is compared
         self._load_gigatoken()
 
     def _load_gigatoken(self) -> None:

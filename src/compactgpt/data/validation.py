@@ -56,7 +56,8 @@ def validate(
             counts["bytes"] += len(document.text.encode())
             counts["wrong_ids"] += _hash(document.text) != document.id
             id_hashes += bytes.fromhex(_hash(document.id))
-            # Sample by hash: of equal texts, the sample has all or none. Integers avoid rounding.
+            # Choose by the hash of the text, so that equal texts are either all in the sample or all outside.
+            # Compare integers, because floats would be rounded.
             hash_bound = 2**64 * params.max_rows
             if total <= params.max_rows or int(_normalised_hash(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
@@ -114,7 +115,7 @@ def bound(
     expected = f"at most {most:,}" if most else "none"
     if least is not None:
         expected = f"at least {least:,}"
-    # In a table of one row, the maximum of a column is its value.
+    # The table has one row, so the maximum of the column is the value in this row.
     return gxe.ExpectColumnMaxToBeBetween(
         column=column,
         min_value=least,
@@ -136,7 +137,7 @@ def corpus_expectations(params: Validation, manifest: Mapping[str, Any]) -> list
     return [
         bound("documents", "documents", more, least=params.min_documents),
         bound("bytes", "bytes of text", more, least=least_bytes),
-        bound("repeated_ids", "documents with the id of an earlier one", _ALTERED, most=0),
+        bound("repeated_ids", "documents with the id of an earlier document", _ALTERED, most=0),
         bound("wrong_ids", "documents whose id is not the hash of their text", _ALTERED, most=0),
     ]
 
@@ -157,9 +158,11 @@ def document_expectations(params: Validation) -> list[Any]:
     length = f"{shortest:,} to {longest:,} characters"
     cut = "remove or cut them, or change validation.min_characters and validation.max_characters"
     letters = f"a share of letters of at least {params.min_letter_share:g}"
-    damage = f"a share of U+FFFD (wrong decoding) of at most {params.max_replacement_share:g}"
+    damage = f"a share of at most {params.max_replacement_share:g} of the character U+FFFD "
+    damage += "(which replaces bytes that can't be decoded)"
     decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
-    unique = f"{100 * params.min_unique_share:g} % of documents at least are unique (without case and spaces)"
+    unique = f"at least {100 * params.min_unique_share:g} % of the documents are unique "
+    unique += "(case and white space are ignored)"
     few_letters = "remove them, or lower validation.min_letter_share"
     copies = "remove copies, or lower validation.min_unique_share"
     return [
@@ -295,7 +298,7 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     for page in docs.rglob("*.html"):
         page.write_text(_REMOTE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
-    # Delete GX's fonts, logos and videos: only the HTML that `_REMOTE` matches used them.
+    # Delete GX's fonts, logos and videos: the loop above has removed the HTML that used them.
     shutil.rmtree(docs / "static", ignore_errors=True)
     pages = []
     for page in sorted((docs / "validations").rglob("*.html")):

