@@ -58,7 +58,7 @@ def make_ngram(spec: config.Ngram, train: TokenFile) -> DocumentModel:
 def make_compressor(
     spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
 ) -> DocumentModel:
-    """Return a model that gives a document 8 ln 2 nats for each compressed byte.
+    """Return a model whose loss for a document is the compressed size: 8 bits = 8 ln 2 nats per byte.
 
     The dictionary of zstd is the first `train_megabytes` MB of the train split.
     """
@@ -113,7 +113,8 @@ class _Order:
     # The context of an n-gram is the n-gram without its last token.
     keys: Ids  # (K,), in ascending order
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
-    backoff: Floats  # (contexts,), sum of a context's discounts / its total count; 1 if that count is 0
+    # For each context, the sum of the discounts / the total count of the context; 1 if the total count is 0
+    backoff: Floats  # (contexts,)
 
 
 @dataclass(frozen=True)
@@ -139,17 +140,18 @@ class NgramModel:
         `stream`, (T + 1,), is end-of-text and the document's tokens.
         """
         found = self.unigrams[stream[1:]]
-        contexts = stream[:-1]  # id of each token's context; -1 for a context that the train split lacks
+        # The id of each token's context. A context of one token has this token as the id.
+        context_ids = stream[:-1]  # later also -1, for a context that is not in the train split
         for order in self.orders:
-            if not len(contexts):
+            if not len(context_ids):
                 break
-            keys = contexts * len(self.unigrams) + stream[-len(contexts) :]
+            keys = context_ids * len(self.unigrams) + stream[-len(context_ids) :]
             places = np.minimum(np.searchsorted(order.keys, keys), len(order.keys) - 1)
-            is_known = (contexts >= 0) & (order.keys[places] == keys)
-            backoff = np.where(contexts >= 0, order.backoff[contexts], 1.0)
-            reached = found[-len(contexts) :]  # only the tokens that have a context of this length
+            is_known = (context_ids >= 0) & (order.keys[places] == keys)
+            backoff = np.where(context_ids >= 0, order.backoff[context_ids], 1.0)
+            reached = found[-len(context_ids) :]  # only the tokens that have a context of this length
             reached[:] = np.where(is_known, order.weights[places], 0.0) + backoff * reached
-            contexts = np.where(is_known, places, -1)[:-1]
+            context_ids = np.where(is_known, places, -1)[:-1]
         return found
 
 
@@ -164,11 +166,11 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     # The position of each token in its document. The first position is 1.
     positions = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
     ids = stream  # the id of the n-gram that ends at each position
-    # For each order, three arrays, (K,): keys, numbers of occurrences, and ids of suffixes.
-    # A suffix is the n-gram without its first token.
+    # One entry for each n-gram length, with three arrays about the K n-grams, (K,): keys (see `_Order`),
+    # numbers of occurrences, and ids of suffixes. A suffix is an n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
-        # An n-gram's tokens are from one document. The first may be the end-of-text before this document.
+        # An n-gram does not cross documents, but may begin with the end-of-text before the document.
         ends = np.flatnonzero(positions >= length - 1) + 1
         if not len(ends):  # no document is long enough for an n-gram of this length
             break
@@ -184,10 +186,11 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     num_contexts = V  # the context of a bigram is one token
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
-            # Kneser-Ney: the count of a shorter n-gram is the number of different tokens that precede it.
-            before = np.bincount(found[place + 1][2], minlength=len(keys))
-            # No token precedes an n-gram that begins with end-of-text: its number of occurrences is kept.
-            counts[before > 0] = before[before > 0]
+            # Kneser-Ney: except for the longest n-grams, a count is not the number of occurrences of the
+            # n-gram, but the number of different tokens that precede the n-gram.
+            preceding = np.bincount(found[place + 1][2], minlength=len(keys))
+            # No token precedes an n-gram that begins with end-of-text: the number of occurrences remains.
+            counts[preceding > 0] = preceding[preceding > 0]
         orders.append(_Order(keys, *_discount(counts, keys // V, num_contexts)))
         num_contexts = len(keys)  # these n-grams are the contexts of the next order
     weights, backoff = _discount(np.bincount(found[0][2], minlength=V), np.zeros(V, np.int64), 1)
@@ -195,7 +198,7 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
 
 
 def _discount(counts: Ids, context_ids: Ids, num_contexts: int) -> tuple[Floats, Floats]:
-    """Return `weights` and `backoff` of an `_Order`, from each n-gram's count and context id, (K,)."""
+    """Return `weights` and `backoff` of an `_Order`. `counts` and `context_ids` are (K,)."""
     discounts = _discounts_of(counts)[np.minimum(counts, 3)]  # (K,)
     totals = np.bincount(context_ids, counts, num_contexts)
     removed = np.bincount(context_ids, discounts, num_contexts)

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     import torch
 
 
-IN_WINDOW = "the window of the document"  # in reports: the text that a neural model sees before a token
+# A neural model has this `context` in reports, because the model sees only earlier tokens of the window.
+IN_WINDOW = "the window of the document"
 HEAD_ROWS = 256  # number of targets whose logits are computed at once (51 MB of float32)
 CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens save no time
 SORTED_WINDOWS = 4096  # number of windows that are sorted by length to avoid padding
 
-# A step reads T more tokens of each sequence, (B, T). It returns the hidden state of the last one, (B, C).
+# A step is a function that reads the next T tokens of each sequence, (B, T). The step returns the hidden
+# state of each sequence's last token, (B, C).
 Step = Callable[["torch.Tensor"], "torch.Tensor"]
 # A score maps logits, (N, V), and targets, (N,), to values, (N, ...). It may overwrite the logits.
 Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -54,9 +56,10 @@ class DocumentScores:
 
 
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
-    """Cut streams into windows of at most `context` tokens that end `stride` tokens apart.
+    """Cut streams into windows of at most `context` tokens, which overlap if `stride` is below `context`.
 
-    Every token after the start token is a target once, as in perplexity.md of transformers.
+    A window ends at most `stride` tokens after the window before. Every token except the start token is a
+    target in exactly one window, as in perplexity.md of transformers' documentation.
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -88,8 +91,8 @@ class NeuralModel:
     windows: Callable[[TokenFile, int], Iterable[Window]] = evaluation_windows
     streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
     codec: Codec | None = None  # None: the model can't run tasks or generate text
-    # `decoder` maps the number of padding tokens on the left of each text, (B,), to a `Step`.
-    # None: generation has no cache.
+    # `decoder` returns a new `Step` with a key-value cache for B texts. The argument is the number of padding
+    # tokens on the left of each text, (B,). None: the model generates text without a cache.
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
@@ -167,7 +170,7 @@ LanguageModel = NeuralModel | DocumentModel
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the nats of its targets, (targets,). The order of the windows changes."""
+    """Yield each window with the nats of its N targets, (N,), but not in the order of `windows`."""
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -181,7 +184,7 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the scores of its targets, (targets, ...). The order of the windows changes.
+    """Yield each window with the scores of its N targets, (N, ...), but not in the order of `windows`.
 
     Raises BadConfig if a window is longer than the model's context.
     """

@@ -78,7 +78,8 @@ def mcnemar(only_one: int, only_other: int) -> float:
 def mcnemar_one_sided(lost: int, won: int) -> float:
     """Return the p-value of McNemar's exact one-sided test (1947). Null hypothesis: no fall in accuracy.
 
-    Only the old model answers `lost` items correctly, and only the new model answers `won` items correctly.
+    `lost` is the number of items that only the old model answers correctly. `won` is the number of items
+    that only the new model answers correctly.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)

@@ -46,9 +46,10 @@ def run_sweep(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Train and score the runs of the sweep `name` whose results are not yet in the file `path`; add them.
+    """Train and score the unfinished runs of the sweep `name`, and add their results to the file `path`.
 
-    `settings` are changes of params.yaml, `key=value`. `folder` keeps training states and models.
+    A run is finished if the file has its results. `settings` are changes of params.yaml, `key=value`.
+    `folder` keeps training states and models.
     Raises Busy if the user stops a run; the next call resumes the run.
     """
     runner = SweepRunner(load_changed_params(params_file, settings), folder)
@@ -75,9 +76,10 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and the finished runs to train again.
+    """Return the unfinished runs, and the finished runs that must be trained again.
 
-    A finished run is trained again if an unfinished run starts from its weights, but `folder` lacks them.
+    A finished run must be trained again if an unfinished run starts from the weights of this finished run,
+    but the weights are not in `folder`.
     """
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}

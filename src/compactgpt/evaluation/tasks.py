@@ -141,9 +141,9 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
-    """Return the scores of each passage's last word, (tokens of the word, 3).
+    """Return an array for each passage, (T, 3), with a row for each of the T tokens of the last word.
 
-    Column 0: nats. Column 1: 1 if the token is the most probable, else 0.
+    Column 0: the token's loss in nats. Column 1: 1 if the token is the most probable, else 0.
     Column 2: 1 if the token is the most probable after STOP_WORDS are excluded, else 0.
     """
     import torch
@@ -294,9 +294,9 @@ def run_tasks(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report."""
-    tasks = {"cloze": make_cloze(split, encoding, settings)}  # an empty list if no document repeats a word
-    # `lambada_word` is lambada_openai of lm-evaluation-harness: OpenAI's text of LAMBADA.
-    # `lambada_original` has the text of LAMBADA's authors (Paperno et al. 2016).
+    tasks = {"cloze": make_cloze(split, encoding, settings)}  # the list is empty if no passage is suitable
+    # LAMBADA was published in two versions. `lambada_word` uses OpenAI's version, as the task lambada_openai
+    # of lm-evaluation-harness does. `lambada_original` uses the authors' version (Paperno et al. 2016).
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
         if source is not None:
             tasks[name] = read_lambada(fetch_source(source))

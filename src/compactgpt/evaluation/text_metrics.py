@@ -24,7 +24,8 @@ SOURCES = {
     "Neural Text Generation with Unlikelihood Training, who take the mean over continuations)",
     "loop_rate": "share of continuations that end with a phrase of at least two tokens three times in a row "
     "(Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, appendix on repetition)",
-    "zipf": "slope of log frequency over log rank, negated, by least squares (Holtzman et al. 2020)",
+    "zipf": "minus the slope of the least-squares line of log(frequency) against log(rank) of the tokens "
+    "(Holtzman et al. 2020)",
     "tokens": "mean number of tokens of a continuation, which stops at max_new_tokens",
     "ended": "share of continuations that ended with end-of-text before max_new_tokens",
 }
@@ -69,11 +70,12 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
     """Return `figure(texts)` with its 95 % jackknife interval (Efron and Stein 1981).
 
-    No limit is below 0 or above `highest`. Returns None for fewer than two texts. Also returns None if
-    `figure` returns None for `texts`, or for `texts` after any one text is left out.
+    Cuts the interval to the range from 0 to `highest`. Returns None for fewer than two texts. Also returns
+    None if `figure` returns None for `texts`, or for the texts that remain after one text is left out.
     """
     value, n = figure(texts), len(texts)
-    # Leave out each text once. A bootstrap draws texts twice: the copies would count as repetition.
+    # Leave out each text once. A bootstrap sample is not suitable: it can contain a text several times, and
+    # the copies would count as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
     if value is None or len(known) < n or n < 2:  # no estimate, or no variance

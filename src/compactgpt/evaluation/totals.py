@@ -16,15 +16,16 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-# A view is a way to cut documents into windows. The column of the view `strided` is `nats_strided`.
+# Prefix of the columns with the losses of a view, such as `nats_strided` for the view `strided`. A view is
+# a way to cut documents into windows.
 _VIEW = "nats_"
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The losses of each document by the token's position in its window.
+    """The losses of each document, grouped by the position of the tokens in their windows.
 
-    The buckets are the positions 1, 2, 3 to 4, 5 to 8, and so on.
+    A group of positions is a bucket. The buckets are the positions 1, 2, 3 to 4, 5 to 8, and so on.
     """
 
     nats: Floats  # (documents, buckets), sum of the losses of the tokens in each bucket

@@ -14,8 +14,8 @@ from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, sweep_re
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# For the backward pass, a block keeps 16 x n_embd numbers per token:
-# layer norms 4, queries, keys and values 3, attention output 1, GELU 8.
+# For the backward pass, a block keeps 16 vectors of n_embd numbers for each token: 4 for the layer norms;
+# 3 for queries, keys and values; 1 for the attention output; 8 for GELU.
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
 MEASUREMENTS = 10  # number of timed matrix products; the shortest time counts
@@ -110,7 +110,7 @@ def estimate_run(
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
         "flops_per_token": flops_each,
         "flops": flops,
-        "memory_bytes": {  # all numbers are float32
+        "memory_bytes": {  # number of bytes if all tensors are float32
             "weights": weights,
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,
@@ -200,11 +200,11 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     unknown = f"unknown: only the pipeline counts the tokens of the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
-    counted = "with attention; if training.head is sampled, with the logits of the sample only"
+    counted = "includes attention; if training.head is sampled, only the logits of the sampled tokens"
     yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
-    yield "  kept for the backward pass", f"{memory['activations']} of one micro-batch"
+    yield "  activations", f"{memory['activations']}  (one micro-batch; kept for the backward pass)"
     yield "  logits, all of one micro-batch", f"{memory['logits_if_held_at_once']}  (only a part is kept)"
     yield "time", ""
     for name, minutes in found["minutes"].items():

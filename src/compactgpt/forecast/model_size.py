@@ -18,7 +18,7 @@ class ParameterCounts:
 def count_parameters(model: Model) -> ParameterCounts:
     """Return the parameter counts of a GPT as in nanoGPT's model.py: head and token embedding are tied."""
     C = model.n_embd
-    # 11 C biases: 9 C in the linear layers of a block, and 2 C in its layer norms. C is the width.
+    # With biases, a block has 11 C more parameters: 9 C in the linear layers and 2 C in the layer norms.
     block = 12 * C * C + 2 * C + (11 * C if model.bias else 0)
     final_norm = 2 * C if model.bias else C
     non_embedding = model.n_layer * block + final_norm
@@ -29,9 +29,9 @@ def count_parameters(model: Model) -> ParameterCounts:
 def flops_per_token(model: Model, training: Training | None = None) -> dict[str, int]:
     """Return the FLOPs of the forward and backward pass for one token.
 
-    `six_n` is 6 times nanoGPT's number of parameters. `with_attention` adds attention (Chowdhery et al. 2022,
-    appendix B). If training computes logits for sampled tokens only, `with_attention` leaves out the head's
-    other rows.
+    `six_n` is 6 times nanoGPT's number of parameters. `with_attention` adds the FLOPs of attention
+    (Chowdhery et al. 2022, appendix B). If training.head is `sampled`, training computes logits for sampled
+    tokens only, and `with_attention` counts only the rows of the head for these tokens.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -45,7 +45,8 @@ class Law:
     def loss_through(self, anchor: Anchor, run: Run) -> float:
         """Return the predicted loss of `run`, in nats per token.
 
-        The law is scaled until it predicts the measured loss of the reference run `anchor`.
+        The part of the loss above `irreducible` is multiplied by a factor. With this factor, the law
+        predicts the measured loss of the reference run `anchor`.
         """
         reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
@@ -58,8 +59,8 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 def kaplan_loss(run: Run) -> float:
     """Return the loss (Nc / N)^aN + (Sc / S)^aS (Kaplan et al. 2020, equations 1.4 and 1.6).
 
-    N is the number of parameters. S is the number of steps to this loss with an infinite batch (S_min).
-    `KAPLAN` has the constants.
+    N is the number of parameters. S (S_min in the paper) is the number of steps that training with
+    an infinite batch needs to reach the same loss. `KAPLAN` has the constants.
     """
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
@@ -80,7 +81,7 @@ def _hoffmann(name: str, source: str, constants: Mapping[str, float]) -> Law:
         irreducible=c["E"],
         source=source,
         counted="nanogpt",
-        validity="7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens, MassiveText, another tokenizer",
+        validity="7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens of MassiveText; the tokenizer is not GPT-2's",
         parameters=(7e7, 1.6e10),
         tokens=(5e9, 5e11),
     )
@@ -109,7 +110,7 @@ LAWS = (
     ),
     _hoffmann(
         "besiroglu-2024",
-        "Besiroglu et al. 2024, arXiv 2404.10102, a new fit of approach 3",
+        "Besiroglu et al. 2024, arXiv 2404.10102, a new fit of approach 3 of Hoffmann et al. 2022",
         {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
     ),
 )
@@ -118,9 +119,9 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals, in nats per token.
 
-    Each law is scaled to the measured loss of one reference run: the one of `anchors` nearest in FLOPs.
-    Of two equally near ones, it is the one with the same `optimizer`. The 80 % interval is the range of the
-    laws' losses, widened by the laws' error.
+    Each law is scaled to the measured loss of one reference run: the run in `anchors` whose FLOPs are nearest
+    to the FLOPs of `run`. Of two equally near runs, the run with the same `optimizer` is used.
+    The 80 % interval is the range of the losses that the laws predict, widened because the laws have errors.
     """
     # Rounded, so that floating-point errors do not make equal distances different.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
@@ -129,9 +130,10 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
     losses = [min(law.loss_through(nearest, run), guess) for law in LAWS]
     low, high = min(losses), max(losses)
     largest = max(anchors, key=lambda anchor: anchor.flops)
-    # Widen the intervals at least by the largest error of the laws on the largest reference run.
-    miss = max(abs(law.loss(largest) - largest.loss) for law in LAWS)
-    width = miss * max(1.0, distances[nearest.name])
+    # Widen the intervals by the largest error that a law has on the largest reference run, and by more than
+    # this error if the FLOPs of `nearest` and `run` differ by a factor above 10.
+    largest_error = max(abs(law.loss(largest) - largest.loss) for law in LAWS)
+    width = largest_error * max(1.0, distances[nearest.name])
 
     def bound(loss: float) -> float:
         return min(max(loss, 0.01), guess)
@@ -142,24 +144,26 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
         high_80=bound(high + width),
         low_95=bound(low - 2 * width),
         high_95=bound(high + 2 * width),
-        basis=f"scaling laws, scaled to the loss of the run {nearest.name} ({nearest.corpus}, loss "
-        f"{nearest.loss}, compute 10^{distances[nearest.name]:.2f} times more or less); the 80 % interval is "
-        f"the range of their predictions, widened on each side by {width:.3f} nats because of their error on "
-        f"{largest.name}; the 95 % interval is widened by twice as much",
+        basis="published scaling laws, each scaled so that it predicts the measured loss of the run "
+        f"{nearest.name} ({nearest.corpus}, loss {nearest.loss}; the compute of the two runs differs by a "
+        f"factor of 10^{distances[nearest.name]:.2f}). The 80 % interval is the range of the laws' "
+        f"predictions, widened on each side by {width:.3f} nats because of the laws' errors on the run "
+        f"{largest.name}. The 95 % interval is widened by twice as much",
     )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Checks of the rule `expect_loss`: each predicts a measured run from the other runs."""
+    """Checks of the rule `expect_loss`: it predicts the loss of each measured run from the other runs."""
 
     anchors: tuple[Anchor, ...]
     checks: tuple[dict[str, Any], ...]  # for each measured run, its loss and the prediction for it
 
     def factor(self, share: float) -> float:
-        """Return the factor that scales the 80 % interval until it contains `share` of the measured losses.
+        """Return the factor by which the widths of the 80 % intervals must be multiplied.
 
-        Source: split conformal prediction (Papadopoulos et al. 2002).
+        The new intervals contain at least `share` of the measured losses: split conformal prediction
+        (Papadopoulos et al. 2002).
         """
         ordered = sorted(check["factor"] for check in self.checks)
         rank = math.ceil(share * (len(ordered) + 1))
@@ -177,8 +181,8 @@ class Calibration:
             high_80=min(middle + half_80, guess),
             low_95=max(middle - half_95, 0.01),
             high_95=min(middle + half_95, guess),
-            basis=f"{rule.basis}; calibrated on {len(self.checks)} measured runs, each predicted from the "
-            "others",
+            basis=f"{rule.basis}. Calibration then corrects the widths of both intervals by the rule's "
+            f"errors on {len(self.checks)} measured runs, each predicted from the other runs",
         )
 
     def report(self) -> dict[str, Any]:
@@ -196,7 +200,8 @@ class Calibration:
 def calibrate(measured: Sequence[Anchor], vocab_size: int) -> Calibration:
     """Check the rule `expect_loss`: predict each measured run from the other runs.
 
-    A run whose number of steps is a guess is predicted, too, but is not used to predict other runs.
+    A run with `assumed_budget` has a number of steps that is only a guess. The rule predicts this
+    run, too, but does not use this run to predict other runs.
     """
     known = tuple(anchor for anchor in measured if not anchor.assumed_budget)
     checks = []

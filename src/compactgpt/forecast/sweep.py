@@ -32,7 +32,8 @@ NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",
 }  # fmt: skip
-# Keys that may differ between sweep and predicted run: they set N and D, the inputs of the law.
+# Keys whose values may differ between the sweep and the predicted run, because these keys only determine N
+# and D, the inputs of the law.
 SIZE_AND_BUDGET = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
 
 
@@ -63,9 +64,9 @@ class Fit(Section):
     form: FormName
     constants: tuple[float, ...]
     draws: tuple[tuple[float, ...], ...]  # constants fitted to each bootstrap resample of the runs
-    # log(measured / predicted loss) of the sweep's largest runs, predicted by a fit to its smaller runs
+    # For each of the sweep's largest runs, log(measured loss / loss predicted by a fit to the smaller runs)
     misses: tuple[float, ...]
-    errors: dict[FormName, float]  # form -> root mean square of such misses with this form
+    errors: dict[FormName, float]  # name of a form -> root mean square of the misses of this form
 
 
 class Sweep(Section):
@@ -86,11 +87,13 @@ class Sweep(Section):
 class Form:
     """A form of the scaling law: a sum of terms such as A / N^a.
 
-    The logarithm of a term is a sum of constants, each multiplied by a factor: log A by 1, and a by -log N.
+    The logarithm of a term is a sum of constants, each multiplied by a factor. For A / N^a, it is
+    1 * log A + (-log N) * a: the constants are log A and a, and the factors are 1 and -log N.
     """
 
     formula: str
-    factors: Callable[[float, float], list[list[float]]]  # (log N, log D) -> factors, (terms, constants)
+    # (log N, log D) -> the factor of each constant in the logarithm of each term, (terms, constants)
+    factors: Callable[[float, float], list[list[float]]]
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
@@ -166,7 +169,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     while len(draws) < resamples:
         sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
         sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
-        # Fit only a resample with enough different runs, sizes and budgets; otherwise draw another one.
+        # A resample with too few different runs, sizes or budgets can't determine the constants: skip it.
         if len({run.name for run in sample}) > len(constants) and min(len(sizes), len(budgets)) > 1:
             draws.append(_fit_form(form, sample, [constants]))
     return Fit(
@@ -175,10 +178,10 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 
 
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
-    """Return log(measured / predicted loss) of the runs with the most tokens, then the most parameters.
+    """Fit `form` to all runs except the largest, and return log(measured / predicted loss) of the largest.
 
-    In both cases, a fit to the other runs predicts the losses. Returns an empty list if the other runs are
-    too few for a fit.
+    Does this twice: the largest runs are those with the most tokens, then those with the most parameters.
+    Returns an empty list if the other runs are too few for a fit.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -213,7 +216,7 @@ def read_sweep(path: Path) -> Sweep | None:
 
 
 def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
-    """Return a hash of the documents' ids and numbers of scored tokens, to compare what two runs scored."""
+    """Return a hash of all documents' ids, and of `tokens`, the number of scored tokens of each document."""
     return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
@@ -229,7 +232,7 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
-        # Leave out the split `hash`: older files of sweeps with this split have no key `split`.
+        # No key `split` for the value `hash`, because older sweep files, which all used `hash`, lack the key.
         **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 
