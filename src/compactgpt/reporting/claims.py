@@ -39,8 +39,8 @@ Known = Literal[
 ]
 # A value decides a claim only if the value was obtained in one of these ways.
 DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
-# Two claims contradict each other if the shared part of their intervals is shorter than this fraction of
-# the shorter interval.
+# Two claims contradict each other if their intervals overlap too little. The overlap must be at least this
+# fraction of the shorter interval.
 LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
@@ -59,7 +59,8 @@ class ByAgreement(Section):
     """How to judge a claim: check whether the claims in `of` agree with each other."""
 
     by: Literal["agreement"]
-    through: Literal["logarithm", "ratio"]  # equation: loss = log(perplexity), or ratio of two perplexities
+    # The claims must satisfy an equation: loss = log(perplexity), or ratio = numerator / denominator.
+    through: Literal["logarithm", "ratio"]
     # Ids of the claims: (perplexity, loss) for `logarithm`, (numerator, denominator, ratio) for `ratio`.
     of: tuple[str, ...]
     reason: str = ""
@@ -181,7 +182,7 @@ class Published(Section):
         if missing:
             yield f"the comparison needs {missing}: add these values or models to published.yaml"
         if own := [value.id for value in self.values if value.known in ("measured", "computed", "estimated")]:
-            yield f"{own}: in published.yaml, give the field `known` the value published, derived or reported"
+            yield f"the field `known` must be published, derived or reported: correct it in the values {own}"
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ class Decision:
     """The comparison of a claim with one value, or with other claims."""
 
     source: str  # id of the value in reports/evidence.json, or ids of the claims that were compared
-    # Limits of the value's interval, or of the interval that was calculated from the first claims.
+    # Limits of the value's interval, or, if claims were compared, limits of the interval that is calculated
+    # from all these claims except the last.
     low: float
     high: float
     relation: Relation  # where the interval (low, high) is, relative to the claimed interval
@@ -240,13 +242,13 @@ def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evi
 
 
 def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
-    """Calculate an interval from the first claims in `judged.of`, and compare the last claim with it."""
-    *first, last = (claims[name].bounds for name in judged.of)
+    """Compare the last claim in `judged.of` with the interval that is calculated from the other claims."""
+    *others, last = (claims[name].bounds for name in judged.of)
     if judged.through == "logarithm":
-        low, high = math.log(first[0][0]), math.log(first[0][1])
+        low, high = math.log(others[0][0]), math.log(others[0][1])
     else:
-        low, high = first[0][0] / first[1][1], first[0][1] / first[1][0]
-    # The claim `last` agrees if one of the two intervals, its own and (low, high), lies inside the other.
+        low, high = others[0][0] / others[1][1], others[0][1] / others[1][0]
+    # The claims agree if the interval `last` is inside (low, high), or if (low, high) is inside `last`.
     contains_last = relate(*last, low, high) == "inside"
     relation = "inside" if contains_last else relate(low, high, *last)
     shared = min(high, last[1]) - max(low, last[0])

@@ -28,7 +28,7 @@ NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
 SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-# Id of a ratio -> ids of the numerator and the denominator; `_published` appends `.perplexity` to these.
+# Id of a ratio -> (numerator, denominator): ids of two perplexities, without the ending `.perplexity`.
 PUBLISHED_RATIOS = {
     "ratio.gpt2_to_gpt2-tuned.perplexity": ("gpt2.openwebtext", "gpt2-tuned.openwebtext"),
     "ratio.nanogpt-124m_to_gpt2.perplexity": ("nanogpt-124m.openwebtext", "gpt2.openwebtext"),
@@ -103,10 +103,11 @@ def _table_rows(measured: Measured) -> list[dict[str, Any]]:
     if model.context != IN_WINDOW:
         return [about | {"view": "document"}]  # a model that has no windows, such as a compressor
     if ".own" in _nats_by_view(measured):
-        # `matched`: windows of the size that all neural models share. `own`: of the model's maximum context.
+        # In the row `matched`, the window size is the same for all neural models. In the row `own`, windows
+        # are as long as this model's own context.
         own = {"view": "own", "scores": f"{name}.own", "tokens": measured.score.views["own"].context}
         return [about | {"view": "matched"}, about | own]
-    # `both`: the shared window size is also the model's maximum context.
+    # `both`: rows for `matched` and `own` would have the same losses, so the model gets only one row.
     return [about | {"view": "both" if "own" in measured.totals.views else "matched"}]
 
 
@@ -140,7 +141,7 @@ def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
     note = sources.estimate.note
     yield from _estimated(NOTE, note)
     by_hand = sources.estimate.hand_set_loss
-    by = "estimate.note.hand_set_loss, set by a person who knew a public training log"
+    by = "estimate.note.hand_set_loss, the forecast of a person who knew the loss of a similar training run"
     source = f"params.yaml, {by}: {by_hand.basis}"
     yield Evidence(
         f"{NOTE}.hand_set_loss", by_hand.value, NATS, "estimated", NOTE, source, "OpenWebText val",
@@ -261,10 +262,10 @@ def _from_loss(loss: Evidence, quantity: str, source: str, convert: Callable[[fl
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return the loss of each val document in nats, (documents,), for one or two sizes of windows.
+    """Return a dict: view -> loss of each val document in nats, (documents,).
 
-    Key "": the window size that all neural models share; models without windows have only this key.
-    Key ".own": the model's maximum context, if this is another size.
+    View "": the window size is the same for all neural models. A model without windows has only this view.
+    View ".own", only if its losses differ: windows are as long as the model's own context.
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
@@ -273,7 +274,7 @@ def _nats_by_view(measured: Measured) -> dict[str, Floats]:
 def _windows(measured: Measured, view: str) -> dict[str, int]:
     """Return the fields `context` and `stride` of `Evidence`, or {} if the model has no windows.
 
-    `view` selects the size of the windows: a key of the dict from `_nats_by_view`.
+    `view` is "" if the window size is the same for all neural models, ".own" for the model's own context.
     """
     if view == "" and measured.score.model.kind in ("compressor", "ngram"):
         return {}
@@ -399,9 +400,9 @@ def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidenc
 
 
 def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the ratio of the compact model's perplexity to a baseline's, in each size of windows.
+    """Yield the compact model's perplexity divided by the baseline's, for each window size of the baseline.
 
-    The interval comes from the differences of the two models' losses on each document.
+    The interval of this ratio is calculated from the two models' difference in loss on each document.
     """
     compact = sources.compact
     ours = compact.totals
@@ -409,7 +410,7 @@ def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidenc
     for view, theirs in _nats_by_view(baseline).items():
         nats, tokens = _nats_by_view(compact).get(view, ours.nats), ours.tokens[scored].astype(float)
         ratio = perplexity_ratio(nats[scored], theirs[scored], tokens)
-        source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
+        source = f"losses in {compact.totals_path} and {baseline.totals_path}, compared document by document"
         about = _common(compact, sources) | _windows(compact, view) | {"stage": "comparison"}
         about["source"] = source
         if ratio.as_report():  # None if the ratio or its upper limit is infinite

@@ -45,7 +45,7 @@ def _loss(view: View, axes: Axes) -> None:
         label = view.words[f"{key}_curve"]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label)
     final = view.evidence["compact.loss"]
-    # Clip at 0, since an error bar can't be negative: with few documents, the interval may exclude the value.
+    # matplotlib refuses a negative error bar, so use 0 if the value is outside its interval.
     errors = [[max(0.0, final["value"] - final["low"])], [max(0.0, final["high"] - final["value"])]]
     axes.errorbar([last * 1.03], [final["value"]], errors, fmt="o", color=DEMO, capsize=0, markersize=5)
     label = show(final["value"], final["unit"], view.language)
@@ -152,7 +152,7 @@ def _positions(view: View, axes: Axes) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Draw expected and actual losses of the compact model, the note's model and published training runs."""
+    """Draw expected and actual losses of the compact model, the note's model and the reference runs."""
     runs = [(view.say("run_here"), COMPACT, f"{COMPACT}.loss")]
     if view.about_note:
         runs.append((view.words["note_run"], "note", "reported.loss"))

@@ -16,7 +16,8 @@ RECORD = Path("reports/evidence.json")
 def code_hashes(root: Path) -> dict[str, str]:
     """Return a dict: stage -> hash of the stage's code.
 
-    This is the SHA-256 of a list with a line `<SHA-256>  <path>` for each Python file, sorted by path.
+    The hash is the SHA-256 of a text. For each Python file that the stage depends on, the text has the line
+    `<SHA-256 of the file>  <path>`. The lines are sorted by path.
     """
     hashes = {}
     for stage, body in read_stages(Folder(root)).items():

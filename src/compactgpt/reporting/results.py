@@ -33,7 +33,8 @@ NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Last part of a ratio's id -> text metric. The ratio divides the experiment's metric by GPT-2's.
+# Last part of the id `ratio.<experiment>_to_gpt2.<last part>` -> text metric. The value with this id is the
+# metric of the experiment's model divided by the metric of GPT-2.
 TEXT_RATIOS = {
     "repetition": "greedy.seq_rep_4",
     "distinct_2": "greedy.distinct_2",
@@ -73,7 +74,8 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
     """Write the measured values in reports/ to results/<name>.json and return the path.
 
-    Raises BadConfig if the experiment is a sweep, or if params.yaml or reports/ are not the experiment's.
+    Raises BadConfig if the experiment is a sweep, if params.yaml differs from the experiment, or if
+    reports/evidence.json does not fit params.yaml.
     Raises MissingInput if params.yaml or a result of the pipeline is missing.
     """
     if experiments.find_experiment(name, conf).sweep:
@@ -112,9 +114,10 @@ def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[in
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Return the result of the experiment `name`, whose values are the measured values in `record`.
+    """Return the result of the experiment `name`. Its values are the measured values in `record`.
 
-    `record` is the content of reports/evidence.json. The ids in the result contain the experiment's name.
+    `record` is the content of reports/evidence.json. Each id in the result contains the experiment's name,
+    because values of different experiments need different ids.
     """
     by_id = {item["id"]: item for item in record["evidence"]}
     baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
@@ -181,5 +184,5 @@ def compare_results(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         a, b = (np.array(result.documents.nats)[scored] for result in (one, other))
         if ratio := perplexity_ratio(a, b, tokens[scored]).as_report():
             loss = next(item for item in one.evidence if item["id"] == f"{ours}.loss")
-            source = f"paired by document, results/{ours}.json and results/{theirs}.json"
+            source = f"losses in results/{ours}.json and results/{theirs}.json, compared document by document"
             yield {**loss, "id": value_id, "unit": "ratio", "source": source, **ratio}

@@ -72,7 +72,7 @@ class ViewScore(Scores):
 
 
 class _Position(Report):
-    last: int  # the last of a range of token positions in a window; the first token is at 1
+    last: int  # last token position of this range; a window has the ranges 1, 2, 3 to 4, 5 to 8, and so on
     loss: Interval  # mean over the tokens in this range, in nats per token of the model's tokenizer
 
 
@@ -201,9 +201,9 @@ class Forecast(Report):
 
 
 class _Check(Report):
-    name: str  # name of a published training run
-    measured: float  # published loss of this training run
-    # Limits of the 80 % and 95 % intervals of this loss, as predicted from the other published training runs.
+    name: str  # name of a reference run (a finished training run), see `Anchor`
+    measured: float  # loss of this run
+    # Limits of the 80 % and 95 % intervals that the rule `expect_loss` predicts from other reference runs.
     low_80: float
     high_80: float
     low_95: float
@@ -211,10 +211,10 @@ class _Check(Report):
 
 
 class Calibration(Report):
-    """In how many published training runs the predicted interval contained the loss."""
+    """How often the predicted interval contained the measured loss of a reference run."""
 
-    of: int  # number of published training runs
-    held_95: int  # number of training runs whose loss is inside the predicted 95 % interval
+    of: int  # number of reference runs
+    held_95: int  # number of reference runs whose loss is inside the predicted 95 % interval
     checks: list[_Check]
 
 
@@ -224,7 +224,8 @@ class Estimates(Report):
     compact: Forecast  # forecast for the model and the training settings of params.yaml
     notes: list[str] = Field(validation_alias=AliasPath("compact", "notes"))  # warnings about `compact`
     note: Forecast  # forecast for the model of the note *Performance de NanoGPT Compact contre GPT-2*
-    # The loss that a person expected for the note's model. `note.expected_loss` comes from a rule instead.
+    # A person's forecast of the loss of the note's model, from params.yaml. `note.expected_loss` is the
+    # forecast of the rule `expect_loss`.
     hand_set_loss: ExpectedLoss = Field(validation_alias=AliasPath("note", "hand_set_loss"))
     calibration: Calibration
 
@@ -384,7 +385,7 @@ def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
-    """Raise BadData if two models' scores are from different documents, windows or numbers of questions."""
+    """Raise BadData if two models differ in their val documents, window size or number of task questions."""
     ours, theirs, a, b = compact.score, other.score, compact.totals, other.totals
     different = []
     if ours.validation.sha256 != theirs.validation.sha256:

@@ -68,17 +68,17 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 def seed_margin(losses: Any, our_runs: int, their_runs: int) -> float:
     """Return half the width of the 95 % interval of a difference between two mean losses.
 
-    One mean is over `our_runs` training runs, the other over `their_runs`. `losses`, (runs,), shows how much
-    the loss varies: one loss per training run, with runs that differ only in their seed.
+    One mean is over `our_runs` training runs, the other over `their_runs`. The standard deviation of a single
+    loss is calculated from `losses`, (runs,). These are losses of runs that differ only in their seed.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / our_runs + 1 / their_runs)
 
 
 def widen(interval: Interval, margin: float) -> Interval:
-    """Widen the interval of a ratio by a second, independent error.
+    """Widen the 95 % interval of a ratio, so that the interval includes a second, independent error.
 
-    `margin` is half the width of the second error's 95 % interval, on the logarithm of the ratio.
+    `margin` is half the width of the 95 % interval that log(ratio) would have with the second error alone.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -108,14 +108,14 @@ def text_difference(
 ) -> Interval | None:
     """Return the mean difference of a text metric, with a 95 % t-interval.
 
-    A pair's difference is its first text's metric minus its second's. `figure` is the name of the metric.
-    Returns None if the metric is defined for fewer than two pairs.
+    For each pair, the metric of the second text is subtracted from the metric of the first text. `figure` is
+    the name of the metric. Returns None if the metric is defined for fewer than two pairs.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
     if len(differences) < 2:
         return None
-    # With denominators of 1, `ratio_interval` returns the mean difference and the interval of the mean.
+    # `ratio_interval` divides two sums. If each denominator is 1, the result is the mean of `differences`.
     return ratio_interval(np.array(differences), np.ones(len(differences)))
 
 
@@ -126,9 +126,10 @@ def _numbered_words(text: str) -> list[int]:
 
 
 def _outcomes(expected: Expected, interval: Interval, runs: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Yield one dict per claim: whether `interval` shows the direction that the claim says.
+    """Yield a dict for each claim. `outcome` says whether `interval` agrees with the claimed direction.
 
-    `runs` are the numbers of training runs in the two groups that are compared.
+    The direction is above or below 1 for a ratio, and above or below 0 for a difference. `runs` has the
+    numbers of training runs in the two compared groups.
     """
     is_ratio = isinstance(expected, Comparison)
     neutral = 1 if is_ratio else 0

@@ -11,7 +11,8 @@ from compactgpt.reporting.templating import Language, load_messages, translate
 Record = Mapping[str, Any]  # the content of reports/evidence.json
 Item = Mapping[str, Any]  # a value in reports/evidence.json: the fields of `Evidence`
 
-# Table -> its columns. The table `note` repeats the table in the note and adds measured values.
+# Name of a table -> its columns. `note` has the columns of the table in the note *Performance de NanoGPT
+# Compact contre GPT-2*; `View.note_head` adds a column for the model trained here.
 COLUMNS = {
     "note": ("compact", "gpt2", "gpt2_xl"),
     "claims": ("claim", "says", "range", "verdict", "because"),
@@ -24,7 +25,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the table `note` -> id of the compact model's value in the evidence, without its prefix `compact.`
+# Name of a row in the table `note` -> id of a value of the model trained here, without `compact.`
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -32,7 +33,7 @@ TRAINED_HERE = {
     "tokens": "tokens_seen",
     "loss": "loss",
 }
-# Name of a group of claims in the summary sentence -> verdicts of the claims in this group.
+# Name of a group of verdicts -> the verdicts in this group. `View.sums` counts the claims of each group.
 GROUPS: dict[str, tuple[str, ...]] = {
     "holds": ("confirmed", "supported"),
     "repeats": ("restated", "consistent"),
@@ -54,7 +55,7 @@ FORMATS = {
     "coefficient": "{:.2f}",
     "probability": "{:.2g}",
 }
-# Show a ratio or perplexity with three significant digits if it is below 0.1, or 1e9 or more.
+# A ratio or a perplexity is shown with three significant digits if the number is outside these limits.
 SMALL_RATIO, LARGE_PERPLEXITY = 0.1, 1e9
 _FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ",", "%": "\u202f%"})  # \u202f: a narrow space
 
@@ -100,7 +101,7 @@ class View:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """Placeholder -> formatted value, for placeholders that are allowed in all messages of the report."""
+        """The values that all messages of the report may use: name of a placeholder -> formatted value."""
         record, words = self.record, self.words
         row = next(row for row in record["table"] if row["id"] == "perplexity")
         small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]
@@ -208,9 +209,9 @@ class View:
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
-        """Return a sentence that explains perplexity, then the sentence of `sums`.
+        """Return a sentence that explains perplexity, followed by the sentence that `sums` returns.
 
-        On the user's own corpus, return the sentence of `ranking`.
+        If the corpus is the user's own, return only the sentence that `ranking` returns.
         """
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
@@ -279,7 +280,7 @@ class View:
         if claim["verdict"] == "not yet measured" and claim["experiment"]:
             reasons.append(self.say("wait_for", name=claim["experiment"]))
         for decision in claim["decisions"]:
-            if decision["source"] not in self.evidence:  # the claim was compared with other claims
+            if decision["source"] not in self.evidence:  # `source` has ids of claims, not the id of a value
                 bounds = self.interval(decision["low"], decision["high"], claim["unit"])
                 reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
         return reasons
@@ -315,8 +316,8 @@ class View:
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
         """Return the rows of the table `note`: (quantity, claims about the models, values).
 
-        `values` has one value, of the model trained here. Without this value, or on the user's own corpus,
-        `values` is empty.
+        `values` has the value of the model trained here. `values` is empty if there is no such value, or if
+        the corpus is the user's own.
         """
         rows = []
         for row in self.record["table"]:
@@ -358,12 +359,12 @@ class View:
         return rows
 
     def _sizes_and_scores(self, name: str, scores: str) -> dict[str, Cell]:
-        # Ids with `parameters`: counted from the architecture. Ids with `num_params`: copied from a report.
-        counted = "parameters" if f"{name}.parameters.all_tensors" in self.evidence else "num_params"
+        # If the number of parameters was not calculated from the architecture, show the number in the report.
+        key = "parameters" if f"{name}.parameters.all_tensors" in self.evidence else "num_params"
         return {
             "model": Cell(name),
-            "parameters_all": self.cell(f"{name}.{counted}.all_tensors"),
-            "parameters_non_embedding": self.cell(f"{name}.{counted}.non_embedding"),
+            "parameters_all": self.cell(f"{name}.{key}.all_tensors"),
+            "parameters_non_embedding": self.cell(f"{name}.{key}.non_embedding"),
             "val_loss": self.cell(f"{scores}.loss"),
             "val_perplexity": self.cell(f"{scores}.perplexity"),
             "bits_per_byte": self.cell(f"{scores}.bits_per_byte"),
@@ -372,7 +373,8 @@ class View:
     def task_rows(self) -> list[list[str]]:
         """Return the scores that the table `measured` lacks, as (model, quantity, value, p-value).
 
-        A perplexity is left out if reports/evidence.json has its loss, which determines this perplexity.
+        If reports/evidence.json has a loss and its perplexity, only the loss is returned, because the
+        perplexity is exp(loss).
         """
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         measured = [name for name, item in self.evidence.items() if item["known"] == "measured"]

@@ -181,7 +181,10 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
         sources = read_sources(root, reports, root / "data", root / "models", params)
         record = json.loads(json_bytes(build_record(sources)))
     else:
-        found.unchecked.append(f"the inputs of reports/{RECORD} (files rendered from {RECORD} are checked)")
+        found.unchecked.append(
+            f"the model or its losses, from which reports/{RECORD} is built; "
+            f"the files that are rendered from {RECORD} are checked"
+        )
         record = read_json(reports / RECORD)
     for name, expected in render_files(record, params.comparison.language).items():
         path = reports / name
