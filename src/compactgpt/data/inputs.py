@@ -15,8 +15,7 @@ def check_dependencies(root: Path) -> None:
     """Raise BadData if DVC can't read a dependency in dvc.yaml, such as a named pipe or a broken link."""
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     names = {name for stage in stages.values() for name in stage.get("deps") or []}
-    # Skip names with a DVC variable (`${...}`), because they are not paths.
-    for name in sorted(name for name in names if "${" not in name):
+    for name in sorted(names):
         path = root / name
         if path.is_dir():
             check_files(path)

@@ -45,8 +45,7 @@ def _loss(view: View, axes: Axes) -> None:
         label = view.words[f"{key}_curve"]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label)
     final = view.evidence["compact.loss"]
-    # matplotlib refuses a negative error bar, so use 0 if the value is outside its interval.
-    errors = [[max(0.0, final["value"] - final["low"])], [max(0.0, final["high"] - final["value"])]]
+    errors = [[final["value"] - final["low"]], [final["high"] - final["value"]]]
     axes.errorbar([last * 1.03], [final["value"]], errors, fmt="o", color=DEMO, capsize=0, markersize=5)
     label = show(final["value"], final["unit"], view.language)
     axes.text(last * 1.05, final["value"], label, color=DEMO, va="center", weight="bold")
