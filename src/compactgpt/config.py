@@ -67,9 +67,9 @@ class Files(Section):
     text_column: NonEmpty  # the column or key with the text of a document
     # How .txt and .md files are split into documents.
     split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]
-    heading: re.Pattern[str] | None  # with split `heading`: a document begins at each match
-    split_characters: PositiveInt  # with split size or auto: minimum length of a document
-    split_over_characters: PositiveInt  # with split auto, a file up to this length is one document
+    heading: re.Pattern[str] | None  # if `split` is `heading`, a document begins at each match
+    split_characters: PositiveInt  # minimum length of a document if `split` is `size` or `auto`
+    split_over_characters: PositiveInt  # if `split` is `auto`, a file up to this length is one document
     max_decompressed_megabytes: PositiveInt  # maximum size of one file after decompression
     max_decompression_ratio: PositiveInt  # maximum number of decompressed bytes per compressed byte
     min_free_disk_megabytes: NonNegativeInt  # free disk space that must remain while parquet is decompressed
@@ -86,7 +86,8 @@ class HubSet(Section):
     config: str | None  # the data set's configuration, if it has several
     splits: Annotated[tuple[Name, ...], Field(min_length=1)]
     text_column: NonEmpty  # the column with the text of a row
-    revision: HubCommit | Literal["refs/convert/parquet"] | None  # with a branch, set `sha256`, too
+    # A commit or a branch. For the branch, `sha256` must be set, because the content of a branch can change.
+    revision: HubCommit | Literal["refs/convert/parquet"] | None
     licence: str
     sha256: Sha256 | None = None  # hash of the text of all rows
     opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
@@ -145,13 +146,12 @@ class Validation(Section):
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
     mostly: Share  # share of documents that must meet a limit on one document, such as min_characters
-    # If there are more documents, a random sample of about this many is checked. The minimum, 1000,
-    # prevents an empty sample.
+    # If there are more documents, a sample of about this many is checked. ge=1000 prevents an empty sample.
     max_rows: Annotated[int, Field(ge=1000)]
 
 
 class Tokenization(Section):
-    # val's share of the documents (split `hash`) or of the bytes (split `tail`)
+    # If `split` is hash, val has this share of the documents; if `split` is tail, this share of the bytes.
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     # hash: the hash of a document decides whether it is in val; tail: val is the end of the corpus
     split: Literal["hash", "tail"] = "hash"
@@ -169,9 +169,9 @@ class Inspection(Section):
     seed: Seed
     similarity: PositiveShare  # Jaccard similarity from which two documents are near duplicates
     overlap_words: PositiveInt  # number of words in the sequences of val that are searched for in train
-    # The report lists a val document if train has more than this share of its sequences.
+    # The report lists a val document if more than this share of the document's word sequences is in train.
     flagged_overlap: Share
-    # A val document counts as leaked if train has a near duplicate, or at least this share of its sequences.
+    # A val document is leaked if at least this share of its word sequences, or a near duplicate, is in train.
     leaked_overlap: PositiveShare
     max_leaked_share: Share  # share of leaked val documents; a greater share stops the pipeline
     max_repeated_share: Share  # share of documents with a near duplicate; a greater share stops the pipeline
@@ -238,9 +238,9 @@ class Training(Section):
     head: Literal["full", "sampled"] = "full"  # softmax over the whole vocabulary, or over a sample of it
     sample_tokens: PositiveInt = 4096  # with head sampled: expected size of a step's vocabulary sample
     sample_power: Share = 0.75  # a token's probability grows as (its count in train + 1) ** sample_power
-    # Above 0, the embeddings are changed before training, so that the first logits are near the tokens' log
-    # frequencies. One vector is added to all position embeddings. init_unigram is the length of this vector,
-    # divided by the typical length of a token embedding + position embedding.
+    # Length of a vector that is added to each position embedding before training, divided by the typical
+    # length of the sum of a token embedding and a position embedding. Token embeddings are changed, too, so
+    # that the first logits are near the tokens' log frequencies. 0: no embedding is changed.
     init_unigram: NonNegativeFloat = 0.0
     # The position embeddings start as sinusoids of this amplitude. With 0, they start random.
     init_positions: NonNegativeFloat = 0.0
@@ -266,7 +266,7 @@ class Likelihood(Section):
     # Additional ways to cut the text into windows. Each neural model gets one more score for each way.
     views: tuple[View, ...] = ()
     batch_size: PositiveInt  # windows in one forward pass
-    own_context: PositiveInt  # tokens in a window of `views`, or the model's whole context if it is shorter
+    own_context: PositiveInt  # tokens in a window for `views`, or fewer if the model's context is shorter
     stride_share: PositiveShare  # for the view `strided`: step between windows, divided by their length
 
 

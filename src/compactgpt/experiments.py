@@ -90,13 +90,13 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
-    # Each compares two groups of runs. A group is in this sweep, or in the sweep conf/experiments/seeds.yaml.
+    # A comparison names two groups. Each group is in this sweep, or in the sweep conf/experiments/seeds.yaml.
     comparisons: tuple[Comparison, ...] = ()
     texts: tuple[TextComparison, ...] = ()  # comparisons of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
-            yield "with sweep, params and parts are not allowed: set values in the groups of sweep"
+            yield "sweep is set, so params and parts must be empty: set values in the groups of sweep"
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
@@ -118,7 +118,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
-    """Write into the tree of params.yaml: the experiment `demo`, then this experiment, then `settings`."""
+    """Apply the experiment `demo`, then the experiment `name`, then `settings`, to `tree` (params.yaml)."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:

@@ -100,7 +100,7 @@ def test_texts_of_other_lengths_are_left_out_and_counted(tmp_path):
     assert {len(each.text) for each in documents} == {37}
     assert report["left_out"]["short"] == sum(0 < len(text) < 37 for text in TEXTS) > 0
     assert report["left_out"]["long"] == sum(len(text) > 37 for text in TEXTS) > 0
-    message = r"no document is left of the corpus numbered .*: add text, or raise download\.max_bytes"
+    message = r"no document of the corpus numbered was kept .*: add text, or raise download\.max_bytes"
     with pytest.raises(BadData, match=message):
         collect_in(tmp_path, numbered(), Limits(300, max_bytes=9))
 

@@ -85,7 +85,7 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"", r"a\.txt is empty"),
-        ("a.txt", b" \n\t\n", r"no document is left of the corpus files \(left out: 1 empty\)"),
+        ("a.txt", b" \n\t\n", r"no document of the corpus files was kept \(left out: 1 empty\)"),
         ("a.txt", b"one\ntwo \xff\n", r"a\.txt, line 2: byte 0xff is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl, line 2 is not valid JSON"),

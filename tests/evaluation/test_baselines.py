@@ -45,9 +45,9 @@ def load(tmp_path, encoding):
         try:
             return load_baseline("it", params, encoding, tmp_path / "train.tokens", tmp_path / ".state")
         except BadConfig as error:  # as a user does: the message has the hash of a folder
-            if "sha256: found nothing" not in str(error):
+            if "sha256 is empty" not in str(error):
                 raise
-            return load(**spec, sha256=str(error).split("the hash ")[1][:64])
+            return load(**spec, sha256=str(error).split(" sha256: ")[1][:64])
 
     return load
 
@@ -206,7 +206,7 @@ def test_missing_damaged_and_other_files_of_a_folder_are_refused(tmp_path, load)
     (folder / "model.safetensors").write_bytes(weights)
     config_file = folder / "config.json"
     config_file.write_text(config_file.read_text() + " ")
-    with pytest.raises(BadConfig, match=rf"specs\.it\.sha256: found {sha256}, but .* have the hash"):
+    with pytest.raises(BadConfig, match=rf"specs\.it\.sha256 is {sha256}, but the hash of .* is"):
         load(**spec, sha256=sha256)
 
 

@@ -24,7 +24,7 @@ _SHORT_LICENCE = 40
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# Fields of `ast` nodes that hold statements, or hold nodes with statements (`handlers` and `cases`).
+# Fields of `ast` nodes that contain statements. `handlers` and `cases` contain nodes with a `body` instead.
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 

@@ -39,10 +39,10 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-# `_candidates` sorts the documents by key. Each document is paired with at most this many of the documents
-# that come after it and have the same key.
+# `_candidates` lists the documents with equal keys in a bucket. Each document is paired with at most this
+# many documents that follow in the bucket.
 _NEIGHBOURS = 8
-# For an n-gram, `digest_documents` stores about this many train documents: the first that contain the n-gram.
+# For each n-gram, `digest_documents` stores only the first train documents with the n-gram, about this many.
 _TRAIN_DOCUMENTS_PER_NGRAM = 10
 
 
@@ -171,11 +171,11 @@ def digest_documents(
 
 
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
-    """Return a table: for each document, the most similar document in train, and the most similar in val.
+    """Return a table of pairs. A document has up to two rows: one for a twin in train, one for a twin in val.
 
-    Columns: document and twin (the similar document), both as row numbers in `corpus.documents`; score
-    (estimated similarity; pairs below `params.similarity` are left out); in_val (whether the document is in
-    val); across (whether document and twin are in different splits).
+    A twin is the most similar document that was found in a split, with a similarity of at least
+    `params.similarity`. Columns: document and twin (row numbers in `corpus.documents`), score (estimated
+    similarity), in_val (whether document is in val), across (whether the two are in different splits).
     """
     import pandas as pd
 
@@ -183,7 +183,7 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     # Search with numpy, because the search in the library rensa takes 1.3 KB of memory per document.
     width = params.permutations // params.bands
     found = []
-    # Two documents are compared if a band, `width` columns of MinHash values, is equal (Broder 1997).
+    # A band is `width` signature columns. Documents with equal values in a band are compared (Broder 1997).
     for band in range(params.bands):
         keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -210,8 +210,8 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
-    # Pair each document with the first document of its bucket and with the next few, not with all: 100,000
-    # copies of a text would have 5 billion pairs.
+    # Pair each document only with the first document of its bucket and with `_NEIGHBOURS` documents that
+    # follow in the bucket, because all pairs are too many: 100,000 copies of a text have 5 billion pairs.
     first, second = [bucket_starts[repeats]], [repeats]  # indices in `order`
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])

@@ -47,7 +47,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
     except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:
-        # JSONDecodeError: the network's login page answered with HTML, in place of the hub.
+        # JSONDecodeError is raised if the network returns a login page (HTML) instead of the hub's answer.
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network and your access "
             f"(`hf auth login`, or HF_TOKEN), or {advice}"
@@ -113,8 +113,8 @@ def check_model_folder(name: str, spec: Folder) -> None:
     found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     if found != spec.sha256:
         raise BadConfig(
-            f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but the files in {folder} have "
-            f"the hash {found}. If these are the right files, write this hash into params.yaml, or add "
+            f"baseline.specs.{name}.sha256 is {spec.sha256 or 'empty'}, but the hash of the files in "
+            f"{folder} is {found}. If these are the right files, write this hash into params.yaml, or add "
             f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}' to the command"
         )
 
@@ -180,8 +180,8 @@ def check_sources(params: Params) -> None:
     Raises MissingInput if a local file is missing, BadConfig if a model folder has a wrong hash or the hub
     lacks a commit, and Unreachable if the hub does not answer.
     """
-    # What the hub must have: (kind of repository, owner/name, commit). Each key is the text that a user can
-    # write after the option -S of `dvc exp run` to use a local copy instead of the hub.
+    # Each value is a repository that the hub must have: (kind of repository, owner/name, commit). The key is
+    # the setting for `dvc exp run -S` with which a user replaces this repository by a local copy.
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]

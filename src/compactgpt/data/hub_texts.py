@@ -23,8 +23,8 @@ class _Position(NamedTuple):
 
     split: int = 0  # index in `HubSet.splits`
     rows: int = 0  # number of rows to skip at the beginning of this split
-    state: Any = None  # state of the `datasets` iterator after the skipped rows; None if no row is skipped
-    texts: int = 0  # number of texts to skip, too, at the beginning of the row after the skipped rows
+    state: Any = None  # state of the `datasets` iterator after the skipped rows; None: no row is skipped
+    texts: int = 0  # number of texts to skip at the beginning of the first row that is not skipped
 
 
 class _Row(NamedTuple):
@@ -34,7 +34,7 @@ class _Row(NamedTuple):
 
 
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
-    """Return the data set `download.hub.name` as a corpus. Only `Corpus.read` opens the data set."""
+    """Return the data set `download.hub.name` as a corpus. `Corpus.read` opens the data set later."""
     data_set = _DataSet(params)
     chosen, copy = data_set.chosen, data_set.copy
     paths = sorted(path for path in [copy, *copy.rglob("*")] if path.is_file()) if copy else []
@@ -88,7 +88,7 @@ class _DataSet:
             )
 
     def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[_Row, list[str]]]:
-        """Yield each row of a split in which a text begins, with a list of the texts that begin in the row.
+        """Yield (row, list of the texts that begin in the row). Rows in which no text begins are left out.
 
         A text is one row, several joined rows, or a part of a row. `split` is an index in `HubSet.splits`.
         The first `rows` rows are skipped. `state` is the state of the `datasets` iterator after these rows,

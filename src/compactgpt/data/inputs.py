@@ -28,7 +28,7 @@ def check_files(folder: Path) -> None:
 
     Raises BadData, for example for a named pipe, a broken link or a link to another folder.
     """
-    for parent, folders, files in os.walk(folder):  # os.walk lists links to folders in `folders`
+    for parent, folders, files in os.walk(folder):  # a link that points to a folder is in `folders`
         for name in (*folders, *files):
             try:
                 name.encode("utf-8")
@@ -53,10 +53,10 @@ def _check_regular(path: Path) -> None:
 
 
 def require_corpus(original: Path) -> None:
-    """Check that no file of `original`/corpus is missing in the folder corpus/ of the current folder.
+    """Check that the folder corpus/ of the current folder has all files of `original`/corpus.
 
-    `original` is the user's repository. The current folder is the temporary copy of this repository in which
-    DVC runs an experiment. Raises MissingInput if files are missing.
+    `original` is the user's repository. DVC may run an experiment in a temporary copy of this repository.
+    Then the current folder is the copy. Raises MissingInput if files are missing.
     """
     names = {path.name for path in (original / "corpus").glob("[!.]*")}
     if missing := sorted(name for name in names if not Path("corpus", name).exists()):

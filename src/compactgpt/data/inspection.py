@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TOKENS_AT_ONCE = 2**24  # `_count_tokens` reads this many tokens at a time
-# A worker process with fewer row groups takes longer to start than it saves.
+# With fewer row groups for each worker process, starting the processes takes more time than they save.
 _GROUPS_PER_WORKER = 8
 
 
@@ -145,11 +145,11 @@ def _count_repetition(
 
 
 def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return val documents with a near duplicate, or a share of n-grams in train above `flagged_overlap`."""
+    """Return a row for each val document with a near duplicate, and each overlap above `flagged_overlap`."""
     import pandas as pd
 
-    # A document may have a twin in train and another twin in val. Sort the twin in train first, because
-    # `drop_duplicates` keeps only the first row of each document.
+    # A val document may have two rows: one for a twin in train (`across` is true), one for a twin in val. Put
+    # the row for train first, because `drop_duplicates` keeps only the first row of each document.
     of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
     of_val = of_val.drop_duplicates("document").assign(kind="near duplicate")
     in_train = overlap[(overlap["twin"] >= 0) & (overlap["score"] > params.flagged_overlap)]

@@ -103,7 +103,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
         facts["documents"], facts["bytes"] = sum(collected.documents), sum(collected.bytes)
         if not facts["documents"]:
             raise BadData(
-                f"no document is left of the corpus {corpus.name} "
+                f"no document of the corpus {corpus.name} was kept "
                 f"(left out: {_left_out(collected.left_out)}): add text, or raise download.max_bytes"
             )
         for name in collected.shards:
@@ -131,7 +131,7 @@ def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
         # A stopped `download` can leave a shard that progress.json does not list: skip it.
         if group.path.name in shards:
             for document_id, _ in read_names(group):
-                yield bytes.fromhex(document_id)  # bytes: half the memory of hex digits
+                yield bytes.fromhex(document_id)  # bytes take half the memory of hex digits
 
 
 def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Collected:

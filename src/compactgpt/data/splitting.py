@@ -38,8 +38,8 @@ class Piece(NamedTuple):
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of the text file `name`.
 
-    A document over `max_characters` is cut a little after this limit, so that it does not fill the memory.
-    The caller must raise an error for a document over the limit. Raises BadData if the file is not UTF-8.
+    To save memory, a document over `max_characters` is cut a little after this limit. The caller must raise
+    an error for such a document, because it is incomplete. Raises BadData if the file is not UTF-8.
     """
     # A document has at least `least` characters, and ends soon after `most` characters.
     split, least, most = params.split, 1, max_characters + 1

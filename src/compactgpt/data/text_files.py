@@ -61,9 +61,9 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
 
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
-    """Return (index of the matching pattern, path in `root`) of each text file, sorted.
+    """Return (index of the matching pattern, path relative to `root`) of each text file, sorted.
 
-    Raises MissingInput if no file matches, or a file that a pattern names does not exist.
+    Raises MissingInput if no file matches, or if the file of a pattern without wildcards is missing.
     """
     for folder in {pattern.partition("/")[0] for pattern in patterns}:
         check_files(root / folder)

@@ -30,7 +30,7 @@ HEADER_BYTES = 1024  # number of bytes in the header, padded with spaces
 INDEX = ".index.safetensors"  # the suffix of a document index: `val.tokens` has `val.index.safetensors`
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
-# (number of a document, ids of a start token and the document's tokens). The start token is never a target.
+# (index of a document, one array of token ids: the start token, then the tokens of the document)
 Stream = tuple[int, npt.NDArray[np.int64]]
 
 

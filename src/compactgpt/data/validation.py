@@ -48,7 +48,7 @@ def validate(
     manifest = verified_manifest(documents)
     total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    id_hashes = bytearray()  # 16 bytes per document: ids are hashed, since a wrong id may have any length
+    id_hashes = bytearray()  # a 16-byte hash of each id, because a wrong id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(documents):
         for document in read_row_group(group):
@@ -158,8 +158,8 @@ def document_expectations(params: Validation) -> list[Any]:
     length = f"{shortest:,} to {longest:,} characters"
     cut = "remove or cut them, or change validation.min_characters and validation.max_characters"
     letters = f"a share of letters of at least {params.min_letter_share:g}"
-    damage = f"a share of at most {params.max_replacement_share:g} of the character U+FFFD "
-    damage += "(which replaces bytes that can't be decoded)"
+    damage = f"a share of U+FFFD characters of at most {params.max_replacement_share:g} "
+    damage += "(U+FFFD replaces bytes that can't be decoded)"
     decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
     unique = f"at least {100 * params.min_unique_share:g} % of the documents are unique "
     unique += "(case and white space are ignored)"
