@@ -112,7 +112,7 @@ def test_documents_are_continued_beside_their_own_human_text(tmp_path, model, en
     assert report["statistics"]["human"]["tokens"]["value"] == 6
     assert report["statistics"]["greedy"]["loop_rate"]["high"] <= 1
     page = generation.samples_markdown(report)
-    assert "top-k 5 at temperature 0.8, *nucleus* is top-p 0.9, seed 3" in page
+    assert "5 most probable tokens at temperature 0.8. *nucleus* uses top-p 0.9. The random seed is 3" in page
     assert (page.count("```"), page.count("## ")) == (12, 2)
     short = save_split(tmp_path / "short.tokens", encoding, texts=["a", "b"])
     with pytest.raises(BadConfig, match="has 0 documents of at least 10 tokens"):

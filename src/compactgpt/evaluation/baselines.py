@@ -204,7 +204,7 @@ class OwnTokens:
     encoding: "tiktoken.Encoding"
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield windows that each cover as much text as `window` GPT-2 tokens."""
+        """Yield a window of the model's own tokens for each piece of text that `text_spans` returns."""
         for document in range(split.header.documents):
             previous_token = self.codec.first_token  # the start token precedes a document's first window
             for span in text_spans(split, self.encoding, document, window):
@@ -248,7 +248,7 @@ def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, w
 
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
     """Return whether the tokenizer and `encoding` have the same tokens, except end-of-text."""
-    # The merges need no comparison, because the ids of GPT-2's tokens are in the order of the merges.
+    # The merges are not compared: a token's id gives the rank of its merge, so equal ids mean equal merges.
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
     expected = {
         "".join(characters[byte] for byte in encoding.decode_single_token_bytes(rank)): rank

@@ -62,7 +62,7 @@ def make_compressor(
 
     The dictionary of zstd is the first `train_megabytes` MB of the train split.
     """
-    context = "the document before"
+    context = "the document before"  # for reports: the earlier text of the same document
     if spec.train_megabytes:
         context += f", and {spec.train_megabytes} MB of the train split"
     known = bytearray()
@@ -140,8 +140,8 @@ class NgramModel:
         `stream`, (T + 1,), is end-of-text and the document's tokens.
         """
         found = self.unigrams[stream[1:]]
-        # The id of each token's context. A context of one token has this token as the id.
-        context_ids = stream[:-1]  # later also -1, for a context that is not in the train split
+        # The id of each token's context. The first contexts are single tokens: their ids are these tokens.
+        context_ids = stream[:-1]
         for order in self.orders:
             if not len(context_ids):
                 break
@@ -151,7 +151,7 @@ class NgramModel:
             backoff = np.where(context_ids >= 0, order.backoff[context_ids], 1.0)
             reached = found[-len(context_ids) :]  # only the tokens that have a context of this length
             reached[:] = np.where(is_known, order.weights[places], 0.0) + backoff * reached
-            context_ids = np.where(is_known, places, -1)[:-1]
+            context_ids = np.where(is_known, places, -1)[:-1]  # -1: the context is not in the train split
         return found
 
 
@@ -166,11 +166,11 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     # The position of each token in its document. The first position is 1.
     positions = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
     ids = stream  # the id of the n-gram that ends at each position
-    # One entry for each n-gram length, with three arrays about the K n-grams, (K,): keys (see `_Order`),
-    # numbers of occurrences, and ids of suffixes. A suffix is an n-gram without its first token.
+    # For each n-gram length, a tuple of three arrays, (K,), with one element for each different n-gram: the
+    # key (see `_Order`), the number of occurrences, and the id of the suffix (all tokens but the first).
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
-        # An n-gram does not cross documents, but may begin with the end-of-text before the document.
+        # An n-gram may begin at position 0, the end-of-text token before the document, but not earlier.
         ends = np.flatnonzero(positions >= length - 1) + 1
         if not len(ends):  # no document is long enough for an n-gram of this length
             break
@@ -185,11 +185,10 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     orders = []
     num_contexts = V  # the context of a bigram is one token
     for place, (keys, counts, _) in enumerate(found):
-        if place + 1 < len(found):
-            # Kneser-Ney: except for the longest n-grams, a count is not the number of occurrences of the
-            # n-gram, but the number of different tokens that precede the n-gram.
+        if place + 1 < len(found):  # the count of the longest n-grams stays the number of occurrences
+            # Kneser-Ney: the count of an n-gram is the number of different tokens that precede the n-gram.
             preceding = np.bincount(found[place + 1][2], minlength=len(keys))
-            # No token precedes an n-gram that begins with end-of-text: the number of occurrences remains.
+            # No token precedes end-of-text, so n-grams with this first token keep the number of occurrences.
             counts[preceding > 0] = preceding[preceding > 0]
         orders.append(_Order(keys, *_discount(counts, keys // V, num_contexts)))
         num_contexts = len(keys)  # these n-grams are the contexts of the next order

@@ -70,10 +70,7 @@ def greedy(logits: Floats) -> int:
 
 
 def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: str) -> Sampler:
-    """Return a function that draws a token from `probabilities(logits)`.
-
-    The random numbers depend only on `seed` and `key`.
-    """
+    """Return a sampler of `probabilities(logits)`. The random numbers depend only on `seed` and `key`."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 
@@ -107,9 +104,9 @@ def generate_tokens(
     max_new_tokens: int,
     end: int,
 ) -> Iterator[list[int | None]]:
-    """Yield the next token of every text at each step, or None after a text's token `end`.
+    """At each step, yield a list with the next token of each text. All prompts run in one batch.
 
-    All prompts run in one batch.
+    After a text has generated the token `end`, the lists have None for this text.
     """
     import torch
 
@@ -225,8 +222,9 @@ def samples_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         "# Samples",
         "",
-        f"At most {settings['max_new_tokens']} tokens. *top_k* is top-k {settings['top_k']} at temperature "
-        f"{settings['temperature']}, *nucleus* is top-p {settings['top_p']}, seed {settings['seed']}.",
+        f"Each text has at most {settings['max_new_tokens']} new tokens. *top_k* draws from the "
+        f"{settings['top_k']} most probable tokens at temperature {settings['temperature']}. *nucleus* uses "
+        f"top-p {settings['top_p']}. The random seed is {settings['seed']}.",
     ]
     for sample in report["samples"]:
         if sample["document"] is None:

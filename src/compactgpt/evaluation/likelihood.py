@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# A neural model has this `context` in reports, because the model sees only earlier tokens of the window.
+# The value of `model.context` in the report of a neural model, which sees only earlier tokens of a window.
 IN_WINDOW = "the window of the document"
 HEAD_ROWS = 256  # number of targets whose logits are computed at once (51 MB of float32)
 CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens save no time
@@ -58,8 +58,8 @@ class DocumentScores:
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
     """Cut streams into windows of at most `context` tokens, which overlap if `stride` is below `context`.
 
-    A window ends at most `stride` tokens after the window before. Every token except the start token is a
-    target in exactly one window, as in perplexity.md of transformers' documentation.
+    Each window ends at most `stride` tokens after the end of the previous window. Each token except the start
+    token is a target in exactly one window, as in perplexity.md of transformers' documentation.
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -91,8 +91,8 @@ class NeuralModel:
     windows: Callable[[TokenFile, int], Iterable[Window]] = evaluation_windows
     streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
     codec: Codec | None = None  # None: the model can't run tasks or generate text
-    # `decoder` returns a new `Step` with a key-value cache for B texts. The argument is the number of padding
-    # tokens on the left of each text, (B,). None: the model generates text without a cache.
+    # `decoder(padding)` returns a `Step` with a new key-value cache. `padding`, (B,), is the number of
+    # padding tokens on the left of each text. If `decoder` is None, the model generates text without a cache.
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:

@@ -102,8 +102,8 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
 
 
 def perplexity_ratio(nats: Array, other_nats: Array, tokens: Array) -> Interval:
-    """Return the first model's perplexity / the second's, with a paired 95 % interval.
+    """Return the first model's perplexity divided by the second model's, with a 95 % interval.
 
-    All arrays are (documents,). Paired: the interval uses each document's difference of the two losses.
+    All arrays are (documents,). The interval is paired: the two losses of each document are subtracted.
     """
     return ratio_interval(nats - other_nats, tokens).map(perplexity)

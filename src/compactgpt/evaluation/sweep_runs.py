@@ -76,10 +76,10 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and the finished runs that must be trained again.
+    """Return the runs to train: all unfinished runs, and finished runs whose weights are missing.
 
-    A finished run must be trained again if an unfinished run starts from the weights of this finished run,
-    but the weights are not in `folder`.
+    An unfinished run can start from the weights of a finished run. If these weights are not in `folder`, the
+    finished run must be trained again.
     """
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}

@@ -110,9 +110,9 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield items in pseudorandom order: up to `characters` characters of `text`, and the word after them.
+    """Yield items from `text` in pseudorandom order. No two items have the same last word.
 
-    `document` is the document's id. No two items have the same word.
+    An item's context has at most `characters` characters. `document` is the document's id.
     """
 
     def order(match: re.Match[str]) -> bytes:
@@ -294,7 +294,7 @@ def run_tasks(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report."""
-    tasks = {"cloze": make_cloze(split, encoding, settings)}  # the list is empty if no passage is suitable
+    tasks = {"cloze": make_cloze(split, encoding, settings)}
     # LAMBADA was published in two versions. `lambada_word` uses OpenAI's version, as the task lambada_openai
     # of lm-evaluation-harness does. `lambada_original` uses the authors' version (Paperno et al. 2016).
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
@@ -302,14 +302,14 @@ def run_tasks(
             tasks[name] = read_lambada(fetch_source(source))
     report: dict[str, Any] = {}
     for done, (name, items) in enumerate(tasks.items(), 1):
-        if items:
+        if items:  # `make_cloze` returns an empty list if no passage is suitable
             scores = answer(model, items)
             nats = np.array([each[:, 0].sum() for each in scores])
             # A word is right if each of its tokens is the most probable token.
             is_right = np.array([each[:, 1].all() for each in scores])
             report[name] = answer_figures(items, nats, is_right)
             if name == "lambada_word":
-                # As in Radford et al. 2019, section 3.3: score the last token, and predict no stop word.
+                # Score a word's last token only, and exclude stop words (Radford et al. 2019, section 3.3).
                 last_nats = np.array([each[-1, 0] for each in scores])
                 is_last_right = np.array([each[-1, 2] > 0 for each in scores])
                 report["lambada_last_token"] = answer_figures(items, last_nats, is_last_right)

@@ -21,11 +21,11 @@ Figure = Callable[[Sequence[Tokens]], float | None]
 SOURCES = {
     "distinct_n": "distinct n-grams / n-grams (Li et al. 2016, A Diversity-Promoting Objective Function)",
     "seq_rep_4": "share of all 4-grams that occurred earlier in the same continuation (Welleck et al. 2020, "
-    "Neural Text Generation with Unlikelihood Training, who take the mean over continuations)",
+    "Neural Text Generation with Unlikelihood Training; that paper averages the shares of the continuations)",
     "loop_rate": "share of continuations that end with a phrase of at least two tokens three times in a row "
     "(Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, appendix on repetition)",
-    "zipf": "minus the slope of the least-squares line of log(frequency) against log(rank) of the tokens "
-    "(Holtzman et al. 2020)",
+    "zipf": "minus the slope of the least-squares line through the points (log(rank), log(frequency)) of the "
+    "tokens (Holtzman et al. 2020)",
     "tokens": "mean number of tokens of a continuation, which stops at max_new_tokens",
     "ended": "share of continuations that ended with end-of-text before max_new_tokens",
 }

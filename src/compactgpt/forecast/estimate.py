@@ -115,7 +115,7 @@ def estimate_run(
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,
             "activations": KEPT_WIDTHS * model.n_layer * batch_tokens * model.n_embd * FP32_BYTES,
-            # Only for comparison: our loss function computes the logits, (B, T, V), in chunks.
+            # Training needs less memory, because our loss function computes the logits, (B, T, V), in chunks.
             "logits_if_held_at_once": batch_tokens * model.padded_vocab_size * FP32_BYTES,
         },
         "minutes": {
@@ -200,12 +200,12 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     unknown = f"unknown: only the pipeline counts the tokens of the corpus ({found['corpus']})"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
     yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
-    counted = "includes attention; if training.head is sampled, only the logits of the sampled tokens"
+    counted = "includes attention. If training.head is sampled, only the logits of sampled tokens are counted"
     yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
-    yield "  activations", f"{memory['activations']}  (one micro-batch; kept for the backward pass)"
-    yield "  logits, all of one micro-batch", f"{memory['logits_if_held_at_once']}  (only a part is kept)"
+    yield "  activations of one micro-batch", f"{memory['activations']}  (kept for the backward pass)"
+    yield "  logits of one micro-batch", f"{memory['logits_if_held_at_once']}  (training holds only a chunk)"
     yield "time", ""
     for name, minutes in found["minutes"].items():
         machine = settings.machines[name]
@@ -228,8 +228,8 @@ def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     verdict = "too narrow" if low < 0.8 * of or high < 0.95 * of else "wide enough"
     yield "loss expected", "nats per token"
     yield from _interval_rows("the fixed rule", found["expected_loss"])
-    yield "", f"      checked on {of} measured runs, each predicted from the others: the 80 % interval"
-    yield "", f"      contained {low} of the losses, the 95 % interval {high}: the intervals are {verdict}"
+    yield "", f"      checked on {of} measured runs, each predicted from the other runs: {low} losses were"
+    yield "", f"      in the 80 % interval, and {high} in the 95 % interval. The intervals are {verdict}"
     yield from _interval_rows("the fixed rule, calibrated", found["calibrated_loss"])
     if sweep and sweep["expected_loss"]:
         yield from _interval_rows("the law of our sweep", sweep["expected_loss"])

@@ -27,11 +27,11 @@ def count_parameters(model: Model) -> ParameterCounts:
 
 
 def flops_per_token(model: Model, training: Training | None = None) -> dict[str, int]:
-    """Return the FLOPs of the forward and backward pass for one token.
+    """Return the FLOPs of the forward and backward pass for one token, counted in two ways.
 
-    `six_n` is 6 times nanoGPT's number of parameters. `with_attention` adds the FLOPs of attention
-    (Chowdhery et al. 2022, appendix B). If training.head is `sampled`, training computes logits for sampled
-    tokens only, and `with_attention` counts only the rows of the head for these tokens.
+    `six_n` is 6 times nanoGPT's number of parameters. `with_attention` also counts the FLOPs of attention
+    (Chowdhery et al. 2022, appendix B). If training.head is `sampled`, training computes only the
+    logits of sampled tokens, so `with_attention` counts only the head's rows for these tokens.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -43,10 +43,10 @@ class Law:
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the predicted loss of `run`, in nats per token.
+        """Return the loss of `run` in nats per token, predicted after the law is scaled to the run `anchor`.
 
-        The part of the loss above `irreducible` is multiplied by a factor. With this factor, the law
-        predicts the measured loss of the reference run `anchor`.
+        To scale the law, the part of the loss above `irreducible` is multiplied by the factor that makes the
+        law's loss of `anchor` equal to the measured loss.
         """
         reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
@@ -59,8 +59,8 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 def kaplan_loss(run: Run) -> float:
     """Return the loss (Nc / N)^aN + (Sc / S)^aS (Kaplan et al. 2020, equations 1.4 and 1.6).
 
-    N is the number of parameters. S (S_min in the paper) is the number of steps that training with
-    an infinite batch needs to reach the same loss. `KAPLAN` has the constants.
+    N is the number of non-embedding parameters. With an infinite batch, training would reach the same loss
+    in S steps (S_min in the paper). `KAPLAN` has the constants.
     """
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
@@ -130,8 +130,8 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
     losses = [min(law.loss_through(nearest, run), guess) for law in LAWS]
     low, high = min(losses), max(losses)
     largest = max(anchors, key=lambda anchor: anchor.flops)
-    # Widen the intervals by the largest error that a law has on the largest reference run, and by more than
-    # this error if the FLOPs of `nearest` and `run` differ by a factor above 10.
+    # Widen the 80 % interval by the largest error of a law on the largest reference run. If the FLOPs of
+    # `nearest` and `run` differ by a factor of 10^d with d above 1, widen the interval by d times this error.
     largest_error = max(abs(law.loss(largest) - largest.loss) for law in LAWS)
     width = largest_error * max(1.0, distances[nearest.name])
 
@@ -160,10 +160,10 @@ class Calibration:
     checks: tuple[dict[str, Any], ...]  # for each measured run, its loss and the prediction for it
 
     def factor(self, share: float) -> float:
-        """Return the factor by which the widths of the 80 % intervals must be multiplied.
+        """Return a factor for the widths of the 80 % intervals.
 
-        The new intervals contain at least `share` of the measured losses: split conformal prediction
-        (Papadopoulos et al. 2002).
+        Multiplied by this factor, the intervals contain at least `share` of the measured losses. The method
+        is split conformal prediction (Papadopoulos et al. 2002).
         """
         ordered = sorted(check["factor"] for check in self.checks)
         rank = math.ceil(share * (len(ordered) + 1))
@@ -181,8 +181,8 @@ class Calibration:
             high_80=min(middle + half_80, guess),
             low_95=max(middle - half_95, 0.01),
             high_95=min(middle + half_95, guess),
-            basis=f"{rule.basis}. Calibration then corrects the widths of both intervals by the rule's "
-            f"errors on {len(self.checks)} measured runs, each predicted from the other runs",
+            basis=f"{rule.basis}. Calibration then replaces both widths. The new widths come from the "
+            f"rule's errors: it predicted each of {len(self.checks)} measured runs from the other runs",
         )
 
     def report(self) -> dict[str, Any]:

@@ -32,8 +32,8 @@ NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",
 }  # fmt: skip
-# Keys whose values may differ between the sweep and the predicted run, because these keys only determine N
-# and D, the inputs of the law.
+# A fit can predict a run with other values of these keys than the sweep has, because the keys change only
+# N (parameters) and D (training tokens), the inputs of the law.
 SIZE_AND_BUDGET = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
 
 
@@ -66,7 +66,7 @@ class Fit(Section):
     draws: tuple[tuple[float, ...], ...]  # constants fitted to each bootstrap resample of the runs
     # For each of the sweep's largest runs, log(measured loss / loss predicted by a fit to the smaller runs)
     misses: tuple[float, ...]
-    errors: dict[FormName, float]  # name of a form -> root mean square of the misses of this form
+    errors: dict[FormName, float]  # name of a form of the law -> root mean square of the form's misses
 
 
 class Sweep(Section):
@@ -85,19 +85,19 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Form:
-    """A form of the scaling law: a sum of terms such as A / N^a.
+    """A form of the scaling law: the loss is a sum of terms such as A / N^a.
 
-    The logarithm of a term is a sum of constants, each multiplied by a factor. For A / N^a, it is
-    1 * log A + (-log N) * a: the constants are log A and a, and the factors are 1 and -log N.
+    The logarithm of a term is linear in the constants. In log(A / N^a) = 1 * log A + (-log N) * a, the
+    constants are log A and a, and the factors of these constants are 1 and -log N.
     """
 
     formula: str
-    # (log N, log D) -> the factor of each constant in the logarithm of each term, (terms, constants)
+    # `factors(log N, log D)` is a matrix, (terms, constants): log(terms) is the matrix times the constants.
     factors: Callable[[float, float], list[list[float]]]
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return log(predicted loss) for one set of constants, (constants,), or many, (sets, constants)."""
+        """Return log(predicted loss). `constants` is (sets, constants), or (constants,) for one set."""
         factors = np.array(self.factors(math.log(num_params), math.log(tokens)))
         log_terms = np.asarray(constants) @ factors.T  # (terms,) or (sets, terms)
         log_losses: Floats = np.logaddexp.reduce(log_terms, axis=-1)
@@ -178,10 +178,10 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 
 
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
-    """Fit `form` to all runs except the largest, and return log(measured / predicted loss) of the largest.
+    """Return log(measured loss / predicted loss) of runs that are larger than the fitted runs.
 
-    Does this twice: the largest runs are those with the most tokens, then those with the most parameters.
-    Returns an empty list if the other runs are too few for a fit.
+    Fits `form` twice: first without the runs that have the most tokens, then without the runs that have the
+    most parameters. Each fit predicts the runs left out. Returns an empty list if too few runs remain.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -232,7 +232,7 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
-        # No key `split` for the value `hash`, because older sweep files, which all used `hash`, lack the key.
+        # Older sweep files all used `hash` and have no key `split`, so the key is left out for `hash`.
         **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 
@@ -251,8 +251,8 @@ def recipe(params: Params) -> dict[str, Any]:
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     """Return the section `ladder` of reports/estimate.json.
 
-    `differs` lists the settings that must be equal in `params` and in the sweep, but are not. Its item
-    `corpus` means that the texts differ. If the list is not empty, `expected_loss` is null.
+    `differs` lists the settings that prevent a prediction, because `params` and the sweep have different
+    values. The item `corpus` means that the texts differ. If the list is not empty, `expected_loss` is null.
     Raises BadData if the sweep has no fit.
     """
     fit, run = sweep.fit, run_of(params.model, params.training)
