@@ -221,7 +221,7 @@ def test_the_command_names_what_differs(repository, renderings, monkeypatch):
     assert done.exit_code == as_json.exit_code == CheckFailed.exit_code == 3
     assert len(json.loads(as_json.stdout)["differences"]) == done.output.count("differs: ")
     assert f"differs: {name} is not what dvc.lock has (modified)" in done.output
-    assert "evidence[compact.tokens_seen].value is 409600, but the inputs give 509600" in done.output
+    assert "evidence[compact.tokens_seen].value is 409600 in the report, but 509600 if it is" in done.output
 
 
 def test_differences_name_the_leaf():
@@ -229,8 +229,8 @@ def test_differences_name_the_leaf():
     assert list(differences(expected, json.loads(json_bytes(expected)))) == []
     found = list(differences(expected, {"a": [{"id": "x", "v": 1.0}, {"id": "y", "v": 3}], "c": 1}))
     assert found == [
-        "a[y].v is 3, but the inputs give 2",
-        "b is missing, but the inputs give 1",
-        "c is 1, but the inputs give missing",
+        "a[y].v is 3 in the report, but 2 if it is calculated again from the inputs",
+        "b is missing in the report, but 1 if it is calculated again from the inputs",
+        "c is 1 in the report, but missing if it is calculated again from the inputs",
     ]
     assert list(differences({"b": 1}, {"b": 1, "c": 2}, partial=True)) == []

@@ -365,5 +365,5 @@ def test_different_numbers_of_answers_to_the_same_questions_are_refused(project)
     report = json.loads((project / "reports/evaluation.json").read_bytes())
     del report["tasks"]["cloze"]["hits"]
     (project / "reports/evaluation.json").write_bytes(json_bytes(report))
-    with pytest.raises(BadData, match="different numbers of questions of cloze"):
+    with pytest.raises(BadData, match="different numbers of questions in the task cloze"):
         sources(project)

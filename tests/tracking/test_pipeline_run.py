@@ -153,7 +153,7 @@ def test_a_repro_that_runs_nothing_is_logged_once_if_the_lock_belongs_to_the_par
         sync(root)
     (only,) = runs(root)
     assert only.info.status == "FINISHED"
-    assert stage_statuses(only)["training"] == ("skipped: unchanged", "no run known here")
+    assert stage_statuses(only)["training"] == ("skipped: unchanged", "unknown: MLflow lacks this run")
     monkeypatch.setattr(mlflow_logger, "open_store", refuse)
     sync(root)  # nothing to do: without MLflow, whose import takes seconds
     (root / "mlflow.db").unlink()

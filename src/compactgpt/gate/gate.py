@@ -35,7 +35,7 @@ class Noise:
     source: str  # a sentence for the verdict: where the deviation comes from
 
     def quantile(self, level: float) -> float:
-        """Return a rise of the loss. With the probability `level`, seed noise alone causes a greater rise."""
+        """Return a limit. Seed noise raises the loss by more than this limit with the probability `level`."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
@@ -46,7 +46,7 @@ class Documents:
 
     ids: tuple[str, ...]
     tokens: Array  # number of predicted tokens of each document, (documents,)
-    # name of a perplexity -> total loss of each document, in nats, from which the perplexity is computed
+    # `perplexity` or `perplexity.<view>` -> losses that give this perplexity: total per document, in nats
     nats: Mapping[str, Array]
     of: int  # number of documents in the complete val split
 
@@ -90,7 +90,7 @@ class Check:
     says: str
     then: float | None = None  # value of the accepted version
     now: float | None = None  # value of the new version
-    change: float | None = None  # relative rise of a perplexity, or fall of an accuracy; above 0: worse
+    change: float | None = None  # relative rise of a perplexity or absolute fall of an accuracy; worse if > 0
     bounds: tuple[float, float] | None = None  # confidence interval of `change`
     tolerance: float | None = None
 
@@ -135,7 +135,7 @@ def run_gate(
     verdict.guards.append(Check("noise", "info", noise.source))
     if throughput is not None:
         least = settings.min_throughput_ratio
-        says = f"training has {throughput:.2f} times nanoGPT's tokens per second; the minimum is {least:.2f}"
+        says = f"the training speed is {throughput:.2f} times nanoGPT's speed; the minimum is {least:.2f}"
         status: Status = "pass" if throughput >= least else "fail"
         verdict.guards.append(Check("throughput", status, says, least, throughput))
     for check in _check_metrics(then, now, settings, noise):
@@ -174,7 +174,7 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
         without += ("download.", "tokenization.")  # they affect only the data, and the data is equal
 
     def acting(params: Mapping[str, Any]) -> dict[str, Any]:
-        # The names are a list as JSON text, such as `["xz", "gpt2"]`, so each name has quotation marks.
+        # The value of `baseline.names` is a JSON text, such as `["xz", "gpt2"]`: find the text inside quotes.
         names = re.findall('"([^"]+)"', str(params.get("baseline.names")))
         in_use = tuple(f"baseline.specs.{name}." for name in names)
         used = (key for key in params if key.startswith(in_use) or not key.startswith("baseline.specs."))
@@ -202,7 +202,7 @@ def _check_baselines(
     shared = sorted(before.keys() & after.keys())
     moved = [name for name in shared if abs(after[name] - before[name]) > settings.max_baseline_change]
     for name in moved:
-        says = "the baseline's loss changed: the evaluation or its text changed"
+        says = "the baseline's loss changed, so the evaluation code or the data changed"
         status: Status = "warn" if explained else "fail"
         yield Check(f"baseline.{name}", status, says, before[name], after[name])
     if shared and not moved:
@@ -238,20 +238,20 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
 def choose_accuracies(
     hits: Mapping[str, str], settings: Regression, *, has_perplexity: bool
 ) -> tuple[list[str], float]:
-    """Return the names of the accuracies whose check can fail, and the significance level of each test.
+    """Choose the accuracies that the gate tests. Return their names and the significance level of a test.
 
-    `hits`: name of an accuracy -> one digit for each item; 1: the accepted model's answer is right.
-    `has_perplexity`: whether the gate also tests a perplexity. The more tests, the lower is the level,
-    because all tests together share `settings.false_alarms`.
+    `hits`: name of an accuracy -> one digit for each item, 1 if the accepted model's answer is right.
+    The level is `settings.false_alarms` divided by the number of tests. The tests are the chosen accuracies,
+    and one more test if the gate tests a perplexity, too (`has_perplexity`).
     """
-    # The worst model has no right answer. A check can fail only if this model would fail: the fall of the
-    # accuracy must be above the tolerance and significant. If n right answers become wrong and no wrong
-    # answer becomes right, McNemar's test gives p = 0.5^n.
+    # An accuracy is tested only if a model without right answers would fail the test. For this model, the
+    # fall of the accuracy must be above the tolerance and significant. McNemar's test gives p = 0.5^n for
+    # this model if the accepted model has n right answers.
     right = {name: found.count("1") for name, found in hits.items()}
     able = [name for name in hits if right[name] > settings.tolerances[name] * len(hits[name])]
     able.sort(key=lambda name: -right[name])
     while able and 0.5 ** right[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
-        # Without the accuracy with the fewest right answers, each other test has a higher level.
+        # This accuracy's check can't fail, so remove it. With fewer tests, the level of each test is higher.
         able.pop()
     return able, settings.false_alarms / max(1, has_perplexity + len(able))
 
@@ -268,10 +268,9 @@ def _check_perplexity(
 
 
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
-    """Return the relative rise of the perplexity, with a confidence interval.
+    """Return the relative rise of the perplexity, with its confidence interval of the level 1 - 2 * `level`.
 
-    `nats` are the new model's total losses per document, `nats_then` the accepted model's.
-    The interval misses the true rise with the probability `level` on each side.
+    `nats` and `nats_then` have the total loss on each document: of the new model, and of the accepted model.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)

@@ -63,7 +63,7 @@ class _Reference(Section):
     documents: _Rows
     figures: dict[str, float]
     params: dict[str, Any]
-    # Existing files have this old key. `wording: quoted` makes scripts/vocabulary.py accept the line.
+    # Existing files use the alias, an old word. scripts/vocabulary.py allows this word by `wording: quoted`.
     fingerprint: dict[str, Any] = Field(alias="ruler")  # wording: quoted
     tasks: dict[str, dict[str, str]]
 
@@ -96,11 +96,11 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
-        problem = "is missing"
+        problem = "is missing or has fewer than 2 runs"
     elif sweep.documents is None or sweep.documents.ids_sha256 != documents_sha256(now.documents.ids, tokens):
-        problem = "has another val split"
+        problem = "has losses on another val split than the compared versions"
     elif not any(sweep.settings.items() <= state.params.items() for state in (now, then)):
-        problem = "has other settings"
+        problem = "has runs with other settings than the compared versions"
     else:
         losses = [run.loss for run in sweep.runs]
         deviation = statistics.stdev(losses)

@@ -50,7 +50,7 @@ class ByEvidence(Section):
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]  # ids of the values that decide the claim
-    until_measured: tuple[str, ...] = ()  # ids of the values that decide the claim until all of `ids` exist
+    until_measured: tuple[str, ...] = ()  # ids of values that decide while a value of `ids` is missing
     copied: bool = False  # True: the values come from the note itself, so they prove nothing
     reason: str = ""
 
@@ -68,7 +68,7 @@ class ByAgreement(Section):
     def _mistakes(self) -> Iterator[str]:
         needed = {"logarithm": 2, "ratio": 3}[self.through]
         if len(self.of) != needed:
-            yield f"`through: {self.through}` takes {needed} claims, found {len(self.of)}"
+            yield f"`through: {self.through}` needs {needed} claims in `of`, found {len(self.of)}"
 
 
 class ByHand(Section):
@@ -134,7 +134,7 @@ class Claims(Section):
             if isinstance(claim.judged, ByAgreement):
                 named.update(claim.judged.of)
                 if unusable := sorted(set(claim.judged.of) - positive):
-                    yield f"{claim.id} compares {unusable}: give each of these claims low (above 0) and high"
+                    yield f"{claim.id} compares the claims {unusable}: each needs `low` (above 0) and `high`"
         if unknown := sorted(named - set(known)):
             yield f"no such claims: {unknown}; use ids of `claims`"
 
@@ -190,8 +190,8 @@ class Decision:
     """The comparison of a claim with one value, or with other claims."""
 
     source: str  # id of the value in reports/evidence.json, or ids of the claims that were compared
-    # Limits of the value's interval, or, if claims were compared, limits of the interval that is calculated
-    # from all these claims except the last.
+    # Limits of the value's interval. If claims were compared, limits of the interval that the other claims
+    # imply for the last claim.
     low: float
     high: float
     relation: Relation  # where the interval (low, high) is, relative to the claimed interval
@@ -248,7 +248,7 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
         low, high = math.log(others[0][0]), math.log(others[0][1])
     else:
         low, high = others[0][0] / others[1][1], others[0][1] / others[1][0]
-    # The claims agree if the interval `last` is inside (low, high), or if (low, high) is inside `last`.
+    # The claims agree if one interval contains the other: `last` (the last claim's) and (low, high).
     contains_last = relate(*last, low, high) == "inside"
     relation = "inside" if contains_last else relate(low, high, *last)
     shared = min(high, last[1]) - max(low, last[0])

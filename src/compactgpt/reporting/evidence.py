@@ -107,7 +107,7 @@ def _table_rows(measured: Measured) -> list[dict[str, Any]]:
         # are as long as this model's own context.
         own = {"view": "own", "scores": f"{name}.own", "tokens": measured.score.views["own"].context}
         return [about | {"view": "matched"}, about | own]
-    # `both`: rows for `matched` and `own` would have the same losses, so the model gets only one row.
+    # If the views `matched` and `own` have the same losses, the model gets one row, with the view `both`.
     return [about | {"view": "both" if "own" in measured.totals.views else "matched"}]
 
 
@@ -262,10 +262,10 @@ def _from_loss(loss: Evidence, quantity: str, source: str, convert: Callable[[fl
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return a dict: view -> loss of each val document in nats, (documents,).
+    """Return the loss of each val document in nats, (documents,), for each view (a size of windows).
 
-    View "": the window size is the same for all neural models. A model without windows has only this view.
-    View ".own", only if its losses differ: windows are as long as the model's own context.
+    View "": windows of the size that all neural models share. A model without windows has only this view.
+    View ".own": windows as long as the model's own context; left out if its losses equal those of view "".
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
@@ -274,7 +274,7 @@ def _nats_by_view(measured: Measured) -> dict[str, Floats]:
 def _windows(measured: Measured, view: str) -> dict[str, int]:
     """Return the fields `context` and `stride` of `Evidence`, or {} if the model has no windows.
 
-    `view` is "" if the window size is the same for all neural models, ".own" for the model's own context.
+    View "": windows of the size that all neural models share. View ".own": windows as long as its context.
     """
     if view == "" and measured.score.model.kind in ("compressor", "ngram"):
         return {}
@@ -311,8 +311,8 @@ def _trained(sources: Sources) -> Iterator[Evidence]:
     name, source = f"{COMPACT}.tokens_seen", "reports/training.json"
     yield Evidence(name, sources.training.tokens, "tokens", source=source, exact=True, **about)
     source = (
-        "reports/training.json: mean loss of the last steps, estimated from a sample of the vocabulary if "
-        "training.head is sampled"
+        "reports/training.json: mean loss of the steps between the last two rows of reports/loss.csv; if "
+        "training.head is sampled, this loss is an estimate from a part of the vocabulary"
     )
     yield Evidence(f"{COMPACT}.train_loss", sources.training.train_loss, NATS, source=source, **about)
     if losses := sources.seed_losses:
@@ -329,9 +329,9 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
 
 
 def _scores(stem: str, found: Scores, about: Mapping[str, Any]) -> Iterator[Evidence]:
-    """Yield loss, bits per byte, and, unless too large for a float, perplexity.
+    """Yield the loss, the perplexity and the bits per byte, with ids that begin with `stem`.
 
-    Each id begins with `stem`. `about` has the other fields of `Evidence`.
+    Leaves out a perplexity too large for a float. `about` has the fields that `_interval` does not set.
     """
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):

@@ -20,7 +20,7 @@ from compactgpt.forecast.model_size import count_parameters
 from compactgpt.forecast.sweep import documents_sha256
 from compactgpt.reporting.claims import COMPACT
 
-# Names of sweeps, series of training runs. `read_results` skips their files, whose format is `Sweep`.
+# Experiments that are sweeps (series of training runs). Their files in results/ have the format `Sweep`.
 SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
 # Id of a perplexity ratio -> (experiment of the numerator, experiment of the denominator).
 PAIRS = {
@@ -28,7 +28,7 @@ PAIRS = {
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# Prefixes of parameters in which `record_result` lets params.yaml differ from the experiment.
+# `record_result` accepts a params.yaml that differs from the experiment in keys with these prefixes.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",

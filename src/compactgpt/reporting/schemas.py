@@ -224,8 +224,8 @@ class Estimates(Report):
     compact: Forecast  # forecast for the model and the training settings of params.yaml
     notes: list[str] = Field(validation_alias=AliasPath("compact", "notes"))  # warnings about `compact`
     note: Forecast  # forecast for the model of the note *Performance de NanoGPT Compact contre GPT-2*
-    # A person's forecast of the loss of the note's model, from params.yaml. `note.expected_loss` is the
-    # forecast of the rule `expect_loss`.
+    # The loss that a person expected for the note's model, from params.yaml. The program's own forecast is
+    # `note.expected_loss`.
     hand_set_loss: ExpectedLoss = Field(validation_alias=AliasPath("note", "hand_set_loss"))
     calibration: Calibration
 
@@ -261,7 +261,7 @@ class Sources:
     code: dict[str, str]  # stage -> SHA-256 of the stage's code, see `code_hashes`
     results: tuple[Result, ...]  # experiments in results/, except sweeps (series of training runs)
     seed_losses: tuple[float, ...]  # val losses of training runs that differ from `compact` only in the seed
-    directions: list[dict[str, Any]]  # what small training runs show about the claims, see `find_directions`
+    directions: list[dict[str, Any]]  # result of `find_directions`: whether small runs agree with the claims
 
 
 Kind = TypeVar("Kind", bound=Report)
@@ -397,7 +397,7 @@ def _check_same_text(compact: Measured, other: Measured) -> None:
     for task in ours.tasks.keys() & theirs.tasks.keys():
         one, two = ours.tasks[task], theirs.tasks[task]
         if one.items_sha256 == two.items_sha256 and len(one.hits) != len(two.hits):
-            different.append(f"numbers of questions of {task}")
+            different.append(f"numbers of questions in the task {task}")
     if different:
         raise BadData(
             f"{other.source} and {compact.source} can't be compared, because they have different "

@@ -76,9 +76,9 @@ def seed_margin(losses: Any, our_runs: int, their_runs: int) -> float:
 
 
 def widen(interval: Interval, margin: float) -> Interval:
-    """Widen the 95 % interval of a ratio, so that the interval includes a second, independent error.
+    """Return `interval`, the 95 % interval of a ratio, widened by a second, independent error.
 
-    `margin` is half the width of the 95 % interval that log(ratio) would have with the second error alone.
+    With the second error alone, the 95 % interval of log(ratio) would be log(ratio) +/- `margin`.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -126,10 +126,10 @@ def _numbered_words(text: str) -> list[int]:
 
 
 def _outcomes(expected: Expected, interval: Interval, runs: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Yield a dict for each claim. `outcome` says whether `interval` agrees with the claimed direction.
+    """Yield a dict for each claim of `expected`. `outcome` says whether `interval` agrees with the claim.
 
-    The direction is above or below 1 for a ratio, and above or below 0 for a difference. `runs` has the
-    numbers of training runs in the two compared groups.
+    The claim says that a ratio is above or below 1, or that a difference is above or below 0. `runs` has
+    the numbers of training runs in the two compared groups.
     """
     is_ratio = isinstance(expected, Comparison)
     neutral = 1 if is_ratio else 0

@@ -25,7 +25,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Name of a row in the table `note` -> id of a value of the model trained here, without `compact.`
+# Row of the table `note` -> quantity of the model trained here. The value's id is `compact.<quantity>`.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -182,7 +182,7 @@ class View:
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known_on(self, item: Item) -> str:
-        """Return how a value is known and on which corpus, such as `measured (openwebtext val)`."""
+        """Return how a value was obtained and on which corpus, such as `measured (openwebtext val)`."""
         corpus = f" ({self.translate('phrases', item['corpus'])})" if item["corpus"] else ""
         return self.translate("known", item["known"]) + corpus
 
@@ -202,16 +202,16 @@ class View:
     # --- sentences
 
     def headline(self) -> str:
-        """Return the main result: perplexities of the note, published models and the model trained here.
+        """Return the main result: claimed, published and measured perplexities.
 
-        On the user's own corpus, return the compact model's scores.
+        If the corpus is the user's own, return only the scores of the model trained here.
         """
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
-        """Return a sentence that explains perplexity, followed by the sentence that `sums` returns.
+        """Return the meaning of perplexity, and how many claims of the note hold.
 
-        If the corpus is the user's own, return only the sentence that `ranking` returns.
+        If the corpus is the user's own, return a comparison of the compact model with the baselines.
         """
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
@@ -280,7 +280,7 @@ class View:
         if claim["verdict"] == "not yet measured" and claim["experiment"]:
             reasons.append(self.say("wait_for", name=claim["experiment"]))
         for decision in claim["decisions"]:
-            if decision["source"] not in self.evidence:  # `source` has ids of claims, not the id of a value
+            if decision["source"] not in self.evidence:  # `source` names the compared claims, not a value
                 bounds = self.interval(decision["low"], decision["high"], claim["unit"])
                 reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
         return reasons
@@ -314,9 +314,9 @@ class View:
         return ["", *self.head(COLUMNS["note"]), *([self.say("trained_here")] if self.about_note else [])]
 
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
-        """Return the rows of the table `note`: (quantity, claims about the models, values).
+        """Return the rows of the table `note`: (quantity, claims about the models, list of values).
 
-        `values` has the value of the model trained here. `values` is empty if there is no such value, or if
+        The list has one value, of the model trained here. The list is empty if this value is missing, or if
         the corpus is the user's own.
         """
         rows = []
@@ -359,7 +359,7 @@ class View:
         return rows
 
     def _sizes_and_scores(self, name: str, scores: str) -> dict[str, Cell]:
-        # If the number of parameters was not calculated from the architecture, show the number in the report.
+        # Prefer the number of parameters from the architecture to the number in the model's report.
         key = "parameters" if f"{name}.parameters.all_tensors" in self.evidence else "num_params"
         return {
             "model": Cell(name),

@@ -31,9 +31,9 @@ def load_messages(language: Language) -> Mapping[str, Mapping[str, str]]:
 
 
 def translate(language: Language, section: str, text: str) -> str:
-    """Translate an English text of reports/evidence.json, with the messages of one section.
+    """Return the translation of `text`, an English text of reports/evidence.json.
 
-    Returns `text` if the section has no translation of the text.
+    Searches in `section` of templates/<language>.yaml. If no translation is there, returns `text`.
     """
     for english, translation in load_messages(language).get(section, {}).items():
         # A placeholder `{name}` in the English text matches any text.

@@ -182,8 +182,8 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
         record = json.loads(json_bytes(build_record(sources)))
     else:
         found.unchecked.append(
-            f"the model or its losses, from which reports/{RECORD} is built; "
-            f"the files that are rendered from {RECORD} are checked"
+            f"the model or its losses, which are inputs of reports/{RECORD}. Only the files that are "
+            f"rendered from {RECORD} were checked"
         )
         record = read_json(reports / RECORD)
     for name, expected in render_files(record, params.comparison.language).items():
@@ -204,7 +204,7 @@ def differences(expected: Any, found: Any, *, partial: bool = False) -> Iterator
     for path in want if partial else sorted({*want, *have}):
         if want.get(path) != have.get(path):
             ours, theirs = (textwrap.shorten(one.get(path, "missing"), 80) for one in (want, have))
-            yield f"{path} is {theirs}, but the inputs give {ours}"
+            yield f"{path} is {theirs} in the report, but {ours} if it is calculated again from the inputs"
 
 
 def _values_by_path(value: Any, path: str = "") -> dict[str, str]:

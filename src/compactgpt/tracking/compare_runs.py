@@ -126,7 +126,7 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
 
 
 def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, Interval], list[str]]:
-    """Return model -> perplexity in B / perplexity in A, and a sentence for each model without a ratio."""
+    """Return the values of `Difference.ratios` and `Difference.unpaired`."""
     ratios, unpaired = {}, []
     first, second = _read_losses(a, cache), _read_losses(b, cache)
     for model in (name for name in first if name in second):
@@ -146,7 +146,7 @@ def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
     for out, md5 in all_outs(version.entries).items():
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
-        # `data/evaluation` is a folder with the file of losses; each output in data/baseline is such a file.
+        # data/evaluation is a folder with a parquet file. The outputs in data/baseline are parquet files.
         name = "compact.parquet" if out == "data/evaluation" else ""
         path = Path(out, name)
         if isinstance(version.place, Folder) and (version.place.root / path).exists():

@@ -105,9 +105,9 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
 
 def read_entries(place: Place) -> dict[str, Entry]:
-    """Return the entry in dvc.lock of each stage that has one, in the order of dvc.yaml.
+    """Return a dict: stage -> its entry in dvc.lock, in the order of dvc.yaml.
 
-    Raises BadData if dvc.yaml or dvc.lock is not valid.
+    A stage without an entry is left out. Raises BadData if dvc.yaml or dvc.lock is not valid.
     """
     stages, entries = read_stages(place), entries_of(place.read(LOCK))
     # DVC keeps deleted stages in dvc.lock (treeverse/dvc#5293), so only stages of dvc.yaml are used.

@@ -226,7 +226,7 @@ def sync(root: Path) -> str:
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Return the errors of the copies that failed. `wanted` describes the store, see `tracking_store`."""
+    """Copy `folders` to the store `wanted` (see `tracking_store`). Return the errors of failed copies."""
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")

@@ -26,7 +26,7 @@ from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, 
 PIPELINE = "pipeline"  # the MLflow run of a whole pipeline has this value as its tag `stage`
 AFTER = "after"  # name of the folder with copies of dvc.lock, reports and more, made when `dvc` has ended
 OUTCOME = "outcome.json"
-COMMIT_SECONDS = 30.0  # after an experiment's last stage, wait this long for DVC's commit
+COMMIT_SECONDS = 30.0  # time after an experiment's last stage in which DVC may still make the git commit
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
@@ -106,18 +106,18 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return the folder or git commit that has dvc.lock as `dvc` left it, or None: try again later."""
+        """Return the folder or commit with the final dvc.lock, or None if DVC may still make the commit."""
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")
             reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
             with suppress(UserError):  # git raises UserError if the experiment has no commit
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
-            # Without a commit, return None for COMMIT_SECONDS, because DVC may still create the commit.
+            # DVC may still create the commit: return None until no journal has changed for COMMIT_SECONDS.
             newest = max(file.path.stat().st_mtime for file in self.journals())
             return Folder(self.path / "no-commit") if time.time() - newest > COMMIT_SECONDS else None
-        # A later `dvc` process can have changed dvc.lock in this work tree. Before the change, it copied the
-        # file to its folder `before/`, so use the copy.
+        # A later `dvc` process may have changed dvc.lock in this work tree. The first stage of that process
+        # saved the old dvc.lock in `before/`, so use this copy.
         for later in run_folders(self.root):
             if later.path.name > self.path.name and later.start.get("workspace") == workspace:
                 return later.before
@@ -135,7 +135,7 @@ class RunFolder:
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # `before/` has no copies of the code and the corpus, so `find_outcome` reads them in the work tree.
+        # A folder `place` can lack the code and the corpus, so `find_outcome` also gets the work tree.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         for path, md5 in outs(place, found).items():
@@ -191,10 +191,10 @@ def find_outcome(
 def _is_current(
     entry: Entry, params: dict[str, Any], made: dict[str, str], valid: dict[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage is up to date: whether its inputs and `params` are those in `entry`.
+    """Return whether a stage is up to date: whether its inputs and `params` are the same as in `entry`.
 
-    `entry` is the stage's entry in dvc.lock. `made` has path -> MD5 for all outputs in dvc.lock, and
-    `valid` only for outputs of stages that succeeded or are up to date.
+    `entry` is the stage's entry in dvc.lock. `made` maps the path of each output in dvc.lock to its MD5.
+    `valid` has the part of `made` that is from stages that succeeded or are up to date.
     `tree` is the work tree, or None if the files are read from a commit.
     """
     wanted = dvc_files.entry_params(entry)
@@ -204,8 +204,8 @@ def _is_current(
         inside = {out for out in made if dvc_files.overlap(out, path)}
         if not inside <= valid.keys() or made.get(path, md5) != md5:
             return False
-        # A path that no stage made is code or the corpus. In the work tree, its MD5 must be as in dvc.lock.
-        # A commit needs no check, because the commit has the code that ran.
+        # An input that no stage made is code or the corpus. In the work tree, the input may have changed
+        # since the stage ran, so compare its MD5. In a commit, the input is the one that the stage read.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
@@ -235,9 +235,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return two tags (SHA-256 of dvc.lock, SHA-256 of the weights), and the token files as data sets.
+    """Return the tags lock_sha256 and weights_sha256 for an MLflow run, and its token files as data sets.
 
-    The data sets are an argument for `Journal.inputs`. `made` maps the path of each output to its MD5.
+    The data sets have the form that `token_files` returns. `made` maps the path of an output to its MD5.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):
@@ -257,6 +257,6 @@ def describe(command: str, found: Outcome, links: Mapping[str, str]) -> str:
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
     lines += ["| stage | in this run | made by |", "| --- | --- | --- |"]
     for stage, text in found.stages.items():
-        made_by = "" if text == NOT_REACHED else links.get(stage, "no run known here")
+        made_by = "" if text == NOT_REACHED else links.get(stage, "unknown: MLflow lacks this run")
         lines.append(f"| {stage} | {text} | {made_by} |")
     return "\n".join(lines)

@@ -77,9 +77,9 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
             name="compact",
             task="text-generation",
             run_id=run_id,
-            # MLflow copies the run's metrics with this step to the model, but these metrics name no data set.
-            # No metric has step -1, so MLflow copies no metric: the function `log_model` above logs the
-            # metrics with the data set.
+            # MLflow copies the run's metrics of this step to the model, but without their data set. The run
+            # has no metric at step -1, so MLflow copies nothing. Instead, the caller logs the metrics to the
+            # model, together with their data set.
             step=-1,
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],

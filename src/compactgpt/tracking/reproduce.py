@@ -35,8 +35,8 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import numbers
 from compactgpt.tracking.records import WORKSPACE, Version, changed_environment, find_version, version_here
 
-# DATA is a stage, and CORPUS is its input folder. The folder can have changed since the version, so
-# `reproduce` restores the outputs of the stage. The stage runs only if an output can't be found.
+# The stage DATA reads the folder CORPUS, which may have changed since the version ran. `reproduce` therefore
+# restores the outputs of DATA. DATA runs again only if an output can't be restored.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # Rounding can explain losses that differ by up to 1 %. The largest measured difference was 0.15 %.
@@ -45,7 +45,7 @@ LOSS_TOLERANCE = 0.01
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
 # DVC's settings in the checkout. The checkout has its own cache and no remote.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
-# Folders of .state without downloaded files. `_copy_downloads` links only the other folders.
+# These folders of .state have no downloaded files, so `_copy_downloads` does not link their files.
 _NO_DOWNLOADS = {"locks", "reproductions", "tokenization", "tracking", "training"}
 # A number in a report is a loss if its key ends in one of these names.
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
@@ -70,9 +70,9 @@ class Result:
 
 
 def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
-    """Return two lists of sentences: what is missing to run a version again, and how this machine differs.
+    """Return what a second run of a version lacks, and how this machine differs from the version's machine.
 
-    `wanted` is the version's name for `find_version`.
+    Each of the two results is a list of sentences. `wanted` is a run id, a git revision or a DVC experiment.
     """
     with _temporary_folder(root) as folder:
         version = _find(wanted, root, folder)
@@ -148,7 +148,7 @@ def find_missing(version: Version, root: Path) -> list[str]:
 
 
 def _machine_changes(version: Version, here: Version) -> dict[str, str]:
-    """Return name -> sentence for each package or machine fact that differs from this machine's."""
+    """Return a dict: package or machine fact that differs -> a sentence with its value on each machine."""
     return {
         name: f"{name} was {old or 'missing'}, on this machine it is {new or 'missing'}"
         for name, (old, new) in changed_environment(version, here).items()
@@ -254,7 +254,7 @@ def _run_dvc(tree: Path) -> int:
         "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}",
     }
     words = [sys.executable, "-m", "dvc", "repro"]
-    # stdout=2: stdout is for the result, so DVC prints to stderr.
+    # stdout=2 sends DVC's output to stderr, because this command prints its result to stdout.
     done = subprocess.run(words, cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False)
     return done.returncode
 

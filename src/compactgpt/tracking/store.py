@@ -129,8 +129,7 @@ class Store:
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     """Open an MLflow store, and create its SQLite database or its experiment if they are missing.
 
-    `wanted` is an earlier result of `tracking_store`. None: open the store that the environment
-    variables name now. Raises Unreachable if MLflow fails.
+    `wanted` is a result of `tracking_store` (default: a new call). Raises Unreachable if MLflow fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
@@ -199,13 +198,14 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def run_of_value(root: Path, stage: str) -> str:
-    """Return `ID (STAGE)` for the MLflow run that made a stage's outputs in dvc.lock.
+    """Return `ID (STAGE)` of the MLflow run that made the outputs that dvc.lock lists for `stage`.
 
-    If no such run is known, the result is a sentence that says why.
+    If there is no such run, return a sentence that says why.
     """
     if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
         return "no MLflow store here: `make repro` creates mlflow.db"
     entry, store = read_entries(Folder(root)).get(stage), open_store(root)
     with store_errors(tracking_store()["uri"]):
         run_id = store.find("lock_entry", entry_key(entry)) if entry else ""
-    return f"{run_id} ({stage})" if run_id else f"no run in MLflow made the outputs of {stage} in dvc.lock"
+    missing = f"MLflow has no run that made the outputs that dvc.lock lists for {stage}"
+    return f"{run_id} ({stage})" if run_id else missing

@@ -44,7 +44,7 @@ class TrainingCallbacks:
         self.figures = dict.fromkeys(("train loss", self.val_loss, "tokens/s", "left"), "-")
         # Do not show the predicted loss for a user's own text: no run has tested the prediction on such text.
         if self.params.download.corpus != "files":
-            self.figures["expected at the end"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
+            self.figures["expected final val loss"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
         stage.tracker.params({"expected_loss": expected.model_dump()})
         stage.print_message(describe_batch(self.params, processes))
         training = self.params.training
