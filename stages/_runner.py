@@ -143,8 +143,8 @@ def _require_unchanged(
     stage: str, definition: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran."""
-    # DVC hashes the dependencies after the command: it would record a changed file as the one that the
-    # command used (treeverse/dvc#11058).
+    # DVC hashes the dependencies after the command. If a file changed meanwhile, dvc.lock would have the hash
+    # of the new file, although the command used the old file (treeverse/dvc#11058).
     new_params, new_files = _read_params(definition), _read_files(definition)
     changed = [
         f"{key} ({old} -> {new})"
@@ -224,7 +224,7 @@ def _stoppable() -> Iterator[None]:
 
 def _die_with_parent() -> None:
     """On Linux, end this process when its parent process (`dvc` or torchrun) ends."""
-    # A training whose `dvc` was killed must not run during the next `dvc repro`.
+    # Otherwise, if only `dvc` was killed, the stage would still run during the next `dvc repro`.
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG: Linux sends a signal when the parent process ends
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

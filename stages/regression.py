@@ -1,6 +1,6 @@
 """Run `compactgpt gate`, which compares the metrics of the model with accepted metrics.
 
-The gate is not a DVC stage, because each `dvc repro` runs a failed stage again.
+The gate is not a DVC stage. If the gate were a stage, each `dvc repro` would run a failed gate again.
 """
 
 import sys

@@ -80,7 +80,7 @@ def test_values_are_those_of_yaml_1_2(tmp_path):
         (b"a: \xff\xfe\n", "not valid YAML"),
         (b"a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
         (b"", "the file: found null"),
-        (b"a: &x [*x]\n", "no value may contain itself"),
+        (b"a: &x [*x]\n", "no value may hold its own alias"),
     ],
 )
 def test_a_file_that_is_not_a_params_yaml_is_refused_in_one_message(tmp_path, content, message):

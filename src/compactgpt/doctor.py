@@ -130,9 +130,10 @@ def _need(spec: BaselineSpec, hub_answers: bool) -> str:
 
 
 def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
-    """Return estimates: `training` -> minutes of all trainings; neural baseline -> minutes of its evaluation.
+    """Return the estimated minutes of all trainings together, and of each neural baseline's evaluation.
 
-    `runs` has the settings of each training. `speed` is in floating-point operations per second.
+    The keys of the result are "training" and the names of these baselines. `runs` has the settings of each
+    training. `speed` is in floating-point operations per second.
     """
     params = runs[0]
     parts = {"training": sum(training_minutes(each, speed) for each in runs)}
@@ -148,9 +149,8 @@ def _evaluated_tokens(params: Params) -> float:
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
-    # A model reads each token once for the main score, and again for each view. A view is another way to cut
-    # the text into windows. The windows of the view `strided` overlap, so that this view reads each token
-    # 1 / stride_share times.
+    # A model reads each token once for the main score, once for the view `own`, and 1 / stride_share times
+    # for the view `strided`, whose windows overlap.
     passes = 1 + sum(1 if view == "own" else 1 / likelihood.stride_share for view in likelihood.views)
     lambada = LAMBADA_TOKENS * sum(source is not None for source in (tasks.lambada, tasks.lambada_original))
     wikitext = WIKITEXT_TOKENS * len(tasks.wikitext) * (1 + tasks.wikitext_context / tasks.wikitext_stride)

@@ -31,18 +31,18 @@ SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few 
 # 1.3 to 1.7 for Chinese, Thai and Russian.
 ASCII_BYTES_PER_TOKEN = 3.5
 OTHER_BYTES_PER_TOKEN = 1.5
-VAL_DOCUMENTS = 50  # val documents to aim for; a split by hash then rarely gives fewer than 20
+VAL_DOCUMENTS = 50  # val documents to aim for; a split by hash may give fewer, but rarely fewer than 20
 VAL_TOKENS = 30_000  # val tokens to aim for; every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-# Minimum number of documents: with MAX_VAL_FRACTION, val has the 2 documents that text statistics need.
-MIN_DOCUMENTS = 10
+MIN_DOCUMENTS = 10  # text statistics need 2 val documents, and MAX_VAL_FRACTION of 10 documents is 2
 FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut files
 # Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-# Number of tokens to score in all val documents together. Only the first tokens of a document are scored.
+# Number of tokens to score in all val documents together. `_evaluation` divides this number equally: only the
+# first SCORED_TOKENS / (number of val documents) tokens of each document are scored.
 SCORED_TOKENS = 200_000
-# At least this many val documents must be long enough for the proposed prompt and continuation.
+# The proposed lengths of prompt and continuation must fit into at least this many val documents.
 CONTINUED_DOCUMENTS = 8
 MAX_REPEATED = 0.1  # a greater share of repeated documents is treated as a mistake in the corpus
 
@@ -74,7 +74,7 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     `minutes` limits the training time; the default is DEFAULT_MINUTES.
     """
     params = _with_limits_of_demo(params_file)
-    # Keep the name of a link: `Path.resolve` would replace the name by that of the link's target.
+    # `abspath` keeps the path of a symbolic link; `Path.resolve` would return the path of the link's target.
     paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
     targets, additions = zip(*map(_target, paths), strict=True)
     if len({*targets}) < len(targets):
@@ -100,7 +100,7 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     content, changes = edit_params(params_file, change, f"the proposed {params_file}")
     added = [words for words in additions if words]
     messages += [
-        f"the text is copied to {FOLDER}/, where the pipeline reads it: dvc add {shlex.join(words)}"
+        f"init-corpus will copy the text to {FOLDER}/ by running: dvc add {shlex.join(words)}"
         for words in added
     ]
     return Plan(messages, added, changes, content)
@@ -128,7 +128,7 @@ def _with_limits_of_demo(params_file: Path) -> Params:
 
 
 def _target(path: Path) -> tuple[str, list[str]]:
-    """Return a text's future path in corpus/, and the arguments with which `dvc add` copies the text there.
+    """Return the path for a copy of the text in corpus/, and the arguments of `dvc add` that make this copy.
 
     The list of arguments is empty if the text is in corpus/ already.
     """
@@ -149,13 +149,13 @@ def _target(path: Path) -> tuple[str, list[str]]:
         )
     if is_inside:
         return target, []
-    is_earlier = Path(f"{target}.dvc").exists()  # an earlier `dvc add` wrote the target: replace it
-    if Path(target).exists() and not is_earlier:
+    may_replace = Path(f"{target}.dvc").exists()  # then an earlier `dvc add` wrote the target
+    if Path(target).exists() and not may_replace:
         raise BadConfig(
             f"{target} exists already: rename your text, or use the existing text: "
             f"`compactgpt init-corpus {target}`"
         )
-    return target, [str(path), "-o", target, *(["-f"] if is_earlier else [])]
+    return target, [str(path), "-o", target, *(["-f"] if may_replace else [])]
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:

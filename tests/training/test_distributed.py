@@ -122,7 +122,7 @@ def test_a_run_resumes_with_another_number_of_processes_and_warns_that_bits_diff
     assert found.resumed_from == 3
     assert_same_curve(found, alone)
     (warning,) = warnings
-    assert "training.launcher.processes was 2 up to step 3 and is now 1" in warning
+    assert "training.launcher.processes changed from 2 to 1 at step 3" in warning
     assert run_ranks(1, train, tokens, tmp_path / "more", params, None, (0, 5)) == [-signal.SIGKILL]
     found = run(tmp_path / "more", 2, tokens, params)
     assert found.resumed_from == 4
@@ -150,7 +150,7 @@ def test_a_mistake_that_only_processes_see_ends_all_of_them(tokens, tmp_path):
 
 
 def _train_with_another_seed(tokens, folder):
-    with pytest.raises(BadConfig, match=r"processes \[1\] have another params.yaml"):
+    with pytest.raises(BadConfig, match=r"processes \[1\] differ from process 0 in their params.yaml"):
         train(tokens, folder, parameters(seed=dist_info().rank))
 
 

@@ -61,7 +61,7 @@ def test_other_weights_or_shapes_than_params_name_are_refused(gpt2, tmp_path):
         start_from(folder, tiny_shape(bias=True, n_layer=3, block_size=16))
     for part in ("model.n_layer: found 3", "has 2", "model.gelu: found erf", "model.block_size: found 16"):
         assert part in str(caught.value)
-    with pytest.raises(BadConfig, match=r"model\.bias: found false"):
+    with pytest.raises(BadConfig, match=r"model\.bias is false"):
         start_from(folder, tiny_shape(gelu="tanh"))
 
 

@@ -75,7 +75,7 @@ def generate(
 
 
 def _load(names: Sequence[str], params_file: Path) -> list["Model"]:
-    """Load models. Print a message before each model except MODEL: a baseline takes half a minute."""
+    """Load models. Each model except MODEL can take half a minute to load, so print a message first."""
     from compactgpt.api import load
 
     models = []

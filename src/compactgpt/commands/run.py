@@ -73,7 +73,7 @@ def init_corpus(
 
 
 def _show_next(more_undo: str = "") -> None:
-    """Print the next command, and undo commands. `more_undo` comes before the last undo command."""
+    """Print the next command to run, and the commands that undo the changes, also those of `more_undo`."""
     with suppress(UserError):  # git_text raises UserError outside a git repository
         if git_text(Path(), "status", "--porcelain", LOCK):
             echo(f"your last results are not in git; to keep them: git commit -m results {LOCK} reports")

@@ -80,7 +80,7 @@ class DistInfo:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes files, logs and shows progress."""
+        """Whether this process writes files and log messages, and shows progress."""
         return self.rank == 0
 
 

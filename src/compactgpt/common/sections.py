@@ -91,14 +91,13 @@ def check_section(tree: Any, section: type[SectionType], source: str) -> Section
     Raises BadConfig with all mistakes in one message, which begins with `source`, the name of the file.
     """
     try:
-        # Pass JSON text instead of `tree`: in strict mode, pydantic converts a list to a tuple only if the
-        # input is JSON.
+        # Pass JSON text: in strict mode, pydantic converts a list to a tuple only if the input is JSON text.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
         raise BadConfig(f"{source} is not valid:\n" + "\n".join(lines)) from error
     except (TypeError, ValueError, RecursionError) as error:  # raised by json.dumps
-        raise BadConfig(f"{source}: keys must be text, and no value may contain itself ({error})") from error
+        raise BadConfig(f"{source}: {error}. Keys must be text; no value may hold its own alias") from error
 
 
 def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
@@ -108,8 +107,8 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # This part of the path is not in the file. It is a missing key, or a word that pydantic adds: the
-            # kind of a baseline, such as `unigram`. Keep the missing key, and skip the added word.
+            # The file does not contain `part`. If `part` is the missing key, keep it. Otherwise, pydantic has
+            # added `part` to the path: it is the kind of a baseline, such as `unigram`. Then skip it.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))
@@ -133,7 +132,7 @@ def _keys_at(section: type[Section], path: list[str]) -> list[str]:
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
-        # No section has a field `part` if it is a list index or a name chosen by the user: keep `sections`.
+        # A list index, or a name that the user chose, is not a field. Then `sections` stays the same.
         if fields:
             sections = [found for field in fields for found in _sections_in(field)]
     return sorted({key for each in sections for key in each.model_fields})

@@ -244,7 +244,7 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
     Returns an empty string if no file differs. With `added_only`, ignores changed and deleted files.
     """
     listed = {folder / name for name in files}
-    # `files` never lists a manifest, so a manifest in `folder` or next to a listed file is not an added file.
+    # `files` does not list manifests. A manifest may be in `folder`, and next to each listed file.
     with_manifest = {folder, *(path.parent for path in listed)}
     for path in sorted(folder.rglob("*")):
         if path in listed or (path.name == MANIFEST and path.parent in with_manifest):

@@ -19,7 +19,7 @@ R = TypeVar("R")
 def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int) -> Iterator[R]:
     """Yield `function(task)` for each task, in the order of the tasks.
 
-    `function` must be defined at the top of a module. Raises Busy if a worker process was killed.
+    `function` must be picklable: not a lambda or a nested function. Raises Busy if a worker was killed.
     """
     if num_workers == 1:
         yield from map(function, tasks)

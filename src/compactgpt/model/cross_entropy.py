@@ -15,7 +15,7 @@ from torch import Tensor
 
 LOSS_ROWS = 512  # tokens in a chunk on a CPU: with GPT-2's vocabulary, 103 MB of fp32 logits
 GPU_LOSS_ROWS = 8192  # tokens in a chunk on a GPU: with GPT-2's vocabulary, 0.8 GB of bfloat16 logits
-CAP = 60.0  # largest exponent: a sum of 50,304 terms exp(60) does not overflow fp32
+CAP = 60.0  # maximum argument of exp: then a sum over GPT-2's vocabulary does not overflow fp32
 
 
 def linear_cross_entropy(
@@ -73,9 +73,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Return the stored gradients, multiplied in place by the gradient of the loss."""
+        """Return the stored gradients, multiplied in place by the gradient with respect to the output."""
         dx, dw = ctx.saved_tensors
-        # On a CPU, skip a multiplication by 1. On a GPU, always multiply: `item` would wait for earlier work.
+        # Skip a multiplication by 1, but only on a CPU: on a GPU, `item()` waits for all queued kernels.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -113,13 +113,13 @@ def _add_rounded_chunk(
 ) -> Tensor:
     """Do the same as `_add_chunk`, but multiply matrices in bfloat16. Return the losses in nats, (R,).
 
-    `e`, (R, V), is a buffer. Each row gets the values e_j = exp(z_j - z_t) of one token: z_j is the logit of
-    vocabulary entry j, and z_t is the logit of the target.
+    `e`, (R, V), is a buffer. The function first fills each token's row of `e` with the values
+    e_j = exp(z_j - z_t), where z_j is the logit of vocabulary entry j, and z_t is the logit of the target.
     """
     s = exponentials(x, weight, targets, e)  # (R,) each token's sum of all e_j
     # The loss of a token is log(s). Its gradient is e_j / s for each logit z_j except the target's, and
-    # (1 - s) / s for the target's logit. Here, `e` gets s times the gradient: all elements already have this
-    # value, except the target's.
+    # (1 - s) / s for the target's logit. Multiplied by s, the gradient is e_j, which `e` already contains,
+    # and 1 - s, which must be written to `e`.
     target_gradients = 1 - s
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
     # Do not divide `e`, (R, V), by s. Instead, divide the (R, C) matrices below, which are smaller.
@@ -132,7 +132,7 @@ def _add_rounded_chunk(
         dw.copy_(_product_in_fp32(e.T, scaled_x))
     else:
         dw.add_(_product_in_fp32(e.T, scaled_x))
-    return s.log()  # -log(e_t / s), because e_t = exp(0) = 1
+    return s.log()  # the loss is -log(e_t / s), and e_t = exp(z_t - z_t) = 1
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Ten
         from compactgpt.model.cross_entropy_triton import is_supported, run_kernel
 
         if is_supported(x, weight):
-            # Compute the target's logit in fp32, because the kernel does not round the other logits either.
+            # The kernel keeps its logits in fp32, so compute the target's logit in fp32, too.
             target_logits = (x.float() * weight[targets].float()).sum(1)
             return run_kernel(x, weight, target_logits, out, CAP)
     logits = torch.mm(x, weight.T, out=out)

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # A tile is the part of the result for ROWS tokens x COLUMNS vocabulary entries. To compute the logits of a
 # tile, each call of tl.dot multiplies and sums over INNER channels.
 ROWS, COLUMNS, INNER = 128, 256, 64
-# The kernel computes tiles in groups of GROUP tile rows: a group's part of `x` fits into the L2 cache.
+# The kernel completes GROUP rows of tiles, whose part of `x` fits into the L2 cache, before the next rows.
 GROUP = 64
 
 
@@ -33,7 +33,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             acc = tl.dot(x.load([m * BM, k]), weight.load([n * BN, k]).T, acc)
         rows, columns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
         exponent = acc - tl.load(shift + rows % R)[:, None]
-        e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN > CAP is false: NaN stays
+        e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # keeps NaN, because NaN > CAP is false
         e = tl.where(columns[None, :] < V, e, 0.0)  # columns beyond V must not count in the sums
         tl.store(sums + n.to(tl.int64) * R + rows, tl.sum(e, 1), rows < R)
         # A tile is stored in two halves, so that the stores overlap with the loads of the next tile.
@@ -55,7 +55,7 @@ def run_kernel(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float
     """
     (R, C), V = x.shape, len(weight)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # row sums of each tile
+    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # row sums for each column of tiles
     blocks = [(x, ROWS, INNER), (weight, COLUMNS, INNER), (out, ROWS, COLUMNS // 2)]
     a, b, c = (TensorDescriptor.from_tensor(tensor, [tall, wide]) for tensor, tall, wide in blocks)
     _kernel[(programs,)](

@@ -147,10 +147,10 @@ class GPT(nn.Module):
         embeddings; the default is `wte.weight`. `correction`, (K,), is added to the logits at each position.
         """
         table = self.wte.weight if table is None else table
-        # Embedding and head share `table`, so autograd adds their gradients. `expand_as` changes no value. It
-        # makes the gradient of the head arrive second. On a CPU, the embedding's gradient is sparse, and the
-        # gradient of the head is dense. In this order, autograd adds the sparse gradient to the dense one in
-        # place, without a copy.
+        # Embedding and head share `table`, so autograd adds their gradients. On a CPU, the gradient of the
+        # embedding is sparse, and the gradient of the head is dense. If the dense gradient arrives last,
+        # autograd adds the sparse one to it in place, without a copy. `expand_as`, which changes no value,
+        # makes the dense gradient arrive last.
         head = table.expand_as(table)
         x = self.hidden(tokens, table).flatten(0, 1)  # (B T, C)
         return linear_cross_entropy(x, head, targets.flatten(), correction)

@@ -51,7 +51,7 @@ def save_hf(
     with atomic_folder(folder, facts, kind="export", overwrite=overwrite) as temporary:
         write_bytes(temporary / "model.safetensors", save(_hf_state(model), metadata={"format": "pt"}))
         write_json(temporary / "config.json", _hf_config(model.shape))
-        # Without max_length, a pipeline may exceed the context.
+        # Without max_length, a transformers pipeline may generate more tokens than the context can hold.
         write_json(temporary / "generation_config.json", {**special_tokens, "max_length": block_size})
         if tokenizer is not None:
             for ours, theirs in ((ENCODER_JSON, "vocab.json"), (VOCAB_BPE, "merges.txt")):

@@ -36,7 +36,7 @@ def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
 
 
 def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
-    """Return the probability that a sample contains each token. (V,) -> (V,).
+    """Return, for each token, the probability that a sample contains this token. (V,) -> (V,).
 
     The probability is min(1, c (count + 1)^power). The constant c is chosen so that all probabilities add up
     to `size`, the average number of tokens in a sample. Mikolov et al. 2013 use power 0.75.
@@ -45,11 +45,11 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
     ordered = np.sort(weights)[::-1]
-    rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of each weight and all smaller ones
-    k = np.arange(len(ordered))  # (V,) possible numbers of tokens with probability 1
-    # If the k most frequent tokens have probability 1, all other probabilities must add up to size - k.
-    c = (size - k) / rest  # (V,) the constant c for each k
-    # Use the smallest k for which the other tokens' probabilities, c (count + 1)^power, are at most 1.
+    sums = np.cumsum(ordered[::-1])[::-1]  # (V,) sums[k] is the sum of ordered[k:]
+    k = np.arange(len(ordered))  # (V,) candidates for the number of tokens whose probability is 1
+    # If the k most frequent tokens have probability 1, c[k] makes all other probabilities add up to size - k.
+    c = (size - k) / sums  # (V,)
+    # Use the smallest k for which the largest of the other probabilities, c[k] * ordered[k], is at most 1.
     smallest_k = int(np.argmax(c * ordered <= 1))
     inclusion: Floats = np.minimum(1.0, c[smallest_k] * weights)
     return inclusion

@@ -42,7 +42,7 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
     """
     verified_manifest(folder)
     try:
-        # Pydantic's strict mode accepts a list for a tuple only in JSON text.
+        # Pass JSON text: in strict mode, pydantic converts a list to a tuple only if the input is JSON text.
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(
@@ -56,7 +56,7 @@ def load_gpt(
 ) -> GPT:
     """Load a GPT from a safetensors file, in evaluation mode on the CPU.
 
-    `convert` turns the file's tensors into our GPT's. Raises BadData if the result does not fit `shape`.
+    `convert` gives tensors the names and layout of `GPT`. Raises BadData if the results do not fit `shape`.
     """
     # Check the file's size before building the model: a wrong config.json could describe a huge model.
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd

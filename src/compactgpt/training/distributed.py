@@ -85,7 +85,7 @@ class Group:
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise BadConfig(
-                f"processes {others} have another {what} than process 0: use the same {what} on all nodes"
+                f"processes {others} differ from process 0 in their {what}: make these the same on all nodes"
             )
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,14 +28,14 @@ def shard_model(
         model = GPT(shape)
     mesh = init_device_mesh(device, (group.world_size,))
     for block in model.h:
-        if compiles:  # compile only the blocks, not FSDP2's gathering of their weights
+        if compiles:  # compile each block alone: FSDP2's all-gather before a block is never compiled
             block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # FSDP2 must sum gradients, not average them: the trainer already divides each loss.
-            module.set_gradient_divide_factor(1.0)
+            # The trainer has already divided each loss by the number of micro-batches of all processes.
+            module.set_gradient_divide_factor(1.0)  # so FSDP2 must sum gradients instead of averaging them
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
     model.to_empty(device=device)

@@ -17,7 +17,7 @@ from compactgpt.model.huggingface import load_hf
 from compactgpt.model.sampled_softmax import SMOOTHING
 from compactgpt.model.weights import load_model
 
-SINUSOID_BASE = 1000.0  # number of positions over which the slowest sinusoid advances by about 1 radian
+SINUSOID_BASE = 1000.0  # Vaswani et al. use 10,000. In 1000 positions, the slowest wave turns about 1 radian
 # Files of a saved model that decide the initial weights; training.init_sha256 is their hash.
 FILES = ("config.json", "model.safetensors")
 
@@ -78,7 +78,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     # Hugging Face's format always has biases. A model without biases can drop them only if all are 0.
     for key in tensors.keys() - own.keys():
         if tensors[key].any():
-            raise BadConfig(f"model.bias: found false, but {name} has biases: set model.bias to true")
+            raise BadConfig(f"model.bias is false, but {name} has nonzero biases: set model.bias to true")
         del tensors[key]
     for key in own.keys() - tensors.keys():  # zeros replace the biases that `source` lacks
         tensors[key] = torch.zeros_like(own[key])
@@ -106,25 +106,25 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
     """Change random weights so that, before training, the logits are near the tokens' log frequencies.
 
-    `counts`, (vocab_size,), has the number of occurrences of each token. The function adds the same vector to
-    each position embedding. The norm of this vector is `strength` times the norm of a token embedding plus a
-    position embedding (root mean square over tokens and positions).
+    `counts`, (vocab_size,), has the number of occurrences of each token. The function adds one vector to all
+    position embeddings. The norm of this vector is `strength` times the root mean square, over tokens and
+    positions, of norm(token embedding + position embedding).
     """
     C = model.shape.n_embd
-    direction = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # of the added vector, (C,)
+    direction = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]
     direction = direction - direction.mean()  # mean 0, because the layer norm subtracts the mean
-    direction /= direction.norm()
+    direction /= direction.norm()  # (C,), a unit vector: the direction of the vector that is added below
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
-    norm = math.sqrt(float(sum(mean_squares)))  # of a token embedding plus a position embedding
+    norm = math.sqrt(float(sum(mean_squares)))  # root mean square of norm(token + position embedding)
     model.wpe.weight += strength * norm * direction
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
-    logs -= (logs * smooth).sum() / smooth.sum()  # subtract the mean over all tokens of the train split
-    # The input of the last layer norm is about r + a: r is random, and a is the added vector. The norm of a
-    # is `strength` times the norm of r, and a is nearly orthogonal to r. The layer norm scales r + a to the
-    # norm sqrt(C). After that scaling, a has this norm:
+    logs -= (logs * smooth).sum() / smooth.sum()  # subtract the mean of `logs`, weighted by frequency
+    # The last layer norm gets about r + a: r is random, and a = strength * norm * direction was added above.
+    # norm(a) = strength * norm(r), and a is nearly orthogonal to r, so norm(r + a)^2 = norm(r)^2 + norm(a)^2.
+    # The layer norm multiplies r + a by sqrt(C) / norm(r + a). So a becomes a vector b with the norm:
     scaled_norm = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
-    # Each token's row of `wte` is also its row of the head. The product of the vector that is added here and
-    # the scaled a is the token's log frequency.
+    # `wte` is also the weight of the head. So a vector that is added to a token's row changes the token's
+    # logit by the product of this vector and b. This product must be the token's log frequency.
     model.wte.weight += torch.from_numpy(logs / scaled_norm).float()[:, None] * direction

@@ -13,7 +13,7 @@ from compactgpt.model.cross_entropy import token_nats
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
 
-DIVERGENCE_MARGIN = 0.5  # nats per token; random changes of the val loss are smaller
+DIVERGENCE_MARGIN = 0.5  # nats per token, more than the random changes of the val loss
 # Part of several messages: the settings to change when training diverges.
 LOWER_RATES = (
     "lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or raise "

@@ -19,7 +19,7 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""The type of `fsdp.orthogonalize_sharded`. Callers pass this function: `optim` does not import `fsdp`."""
+"""The type of the function `fsdp.orthogonalize_sharded`, which `optim` gets as an argument."""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
@@ -165,7 +165,7 @@ class Optimizers:
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that get a gradient.
 
-        After `select_rows`, the list has the copy that `select_rows` returned instead of the token embedding.
+        After a call of `select_rows`, the list has the returned rows, but not the whole token embedding.
         """
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
@@ -205,7 +205,7 @@ class Optimizers:
         """Update some rows of the token embedding with AdamW; the other rows stay unchanged.
 
         The moments of the other rows also stay unchanged, as in torch.optim.SparseAdam. The bias correction
-        uses the number of all updates for every row, even if a row was updated less often.
+        of each row counts all updates of the token embedding, also those that did not change this row.
         """
         parameter, group = self.parameters[TOKENS], self.adamw.param_groups[0]
         state = self.adamw.state[parameter]
@@ -226,7 +226,7 @@ class Optimizers:
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
-        # On a CPU, skip a division by 1. On a GPU, always divide, because `item` would wait for earlier work.
+        # Skip a division by 1, but only on a CPU: on a GPU, `item()` waits for all queued kernels.
         if divisor.device.type == "cpu" and divisor.item() == 1:
             return None
         return divisor

@@ -149,7 +149,7 @@ class Trainer:
         self.sequences = self.training.tokens_per_step // self.shape.block_size
         self.batch_slice = group.batch_slice(self.sequences, self.training.micro_batch_size)
         self._check_vocabulary()
-        group.assert_same_on_all_ranks("params.yaml, data, code, library version or hardware", self.run_key)
+        group.assert_same_on_all_ranks("params.yaml, data, code, library versions or hardware", self.run_key)
         self.device = resolve_device(params.runtime.device)
         self.log_interval = params.runtime.log_interval
         # A GPU keeps its losses until they are reported: to read one, the program must wait for the GPU.
@@ -158,7 +158,7 @@ class Trainer:
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
             counts = token_counts(splits.train.tokens, self.shape.vocab_size)
-        # Only for a sampled softmax: the probability that a sample contains each token, (vocab_size,).
+        # Only for a sampled softmax: each token's probability to be in a sample, (vocab_size,).
         self.inclusion: npt.NDArray[np.float64] | None = None
         if self.training.head == "sampled" and counts is not None:
             size, power = self.training.sample_tokens, self.training.sample_power
@@ -228,8 +228,8 @@ class Trainer:
         before, now = progress["processes"], self.group.world_size
         if before != now:
             callbacks.on_warning(
-                f"training.launcher.processes was {before} up to step {self.step} and is now {now}: the "
-                "result can differ by rounding from the result of an uninterrupted run"
+                f"training.launcher.processes changed from {before} to {now} at step {self.step}: the "
+                "weights can differ slightly, because another number of processes rounds sums differently"
             )
         return self.step
 
@@ -330,9 +330,9 @@ class Trainer:
             return
         found = " and the ".join(f"{name} is {number}" for name, number in numbers.items())
         raise NotFinite(
-            f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved. Its "
-            f"batch (seed {self.training.seed}, step index {step}) would fail again: in params.yaml "
-            f"{LOWER_RATES}, then run `dvc repro`"
+            f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved. The "
+            f"same batch (seed {self.training.seed}, step index {step}) would fail again. Before the next "
+            f"`dvc repro`, {LOWER_RATES} in params.yaml"
         )
 
     def add_row(self) -> None:
