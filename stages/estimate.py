@@ -17,8 +17,8 @@ def main(tracker: TrackerName = "mlflow") -> None:
 
     with open_stage("estimate", tracker, ("model", "training", "estimate")) as stage:
         check_dependencies(Path())
-        # `download` depends on data/inputs.json, so DVC runs `download` after this check. If the content of
-        # this file were not constant, DVC would run `download` again after each new estimate.
+        # `download` depends on data/inputs.json, so DVC runs `download` after this check. The content of
+        # data/inputs.json is constant: changed content would make DVC run `download` again.
         write_json(Path("data/inputs.json"), {"checked": ["params.yaml", "files of the dependencies"]})
         sweep = read_sweep(Path("results/ladder.json"))  # None if the file is missing
         stage.report(Path("reports/estimate.json"), estimate(stage.params, sweep))

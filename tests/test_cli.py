@@ -125,7 +125,7 @@ def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project)
     ("words", "exit_code", "message"),
     [
         (("evaluate", "nix.txt"), 66, "nix.txt is not a file"),
-        (("evaluate", "latin.txt"), 65, "latin.txt is not UTF-8 (byte 3)"),
+        (("evaluate", "latin.txt"), 65, "latin.txt is not UTF-8 (first wrong byte: number 3)"),
         (("generate", "x", "--model", "nix"), 66, "there is no model 'nix'"),
         (("generate", "x", "--model", "unigram"), 78, "unigram can't generate text"),
     ],

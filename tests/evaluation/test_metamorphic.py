@@ -80,7 +80,7 @@ def test_weights_copied_to_transformers_keep_every_figure(tmp_path, encoding, lo
     spec = {"kind": "folder", "path": str(tmp_path / "theirs")}
     with pytest.raises(BadConfig) as refused:  # the message has the hash that the spec needs
         load(spec)
-    theirs = load(spec | {"sha256": re.search(r"hash (\w{64})", str(refused.value))[1]})
+    theirs = load(spec | {"sha256": re.search(r"is (\w{64})", str(refused.value))[1]})
     likelihood = LIKELIHOOD.model_copy(update={"views": ("own", "strided")})
     before = evaluate(as_neural_model(ours, 3), split, encoding, likelihood)
     copied = evaluate(theirs, split, encoding, likelihood)

@@ -98,7 +98,8 @@ def _read_text(name: str) -> str:
     except UnicodeDecodeError as error:
         shown = "standard input" if name == "-" else name
         raise BadData(
-            f"{shown} is not UTF-8 (byte {error.start:,}): convert the text, for example by iconv"
+            f"{shown} is not UTF-8 (first wrong byte: number {error.start:,}): "
+            "convert the text, for example by iconv"
         ) from error
 
 

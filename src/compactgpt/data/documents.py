@@ -89,7 +89,8 @@ def check_size(size: int, what: str, key: str, megabytes: int) -> None:
 def text_of_row(row: Any, where: str, column: str, key: str) -> str:
     """Return the text of a row: the value in its `column`, or the row itself if the row is a string.
 
-    Raises BadData if the row has no text. `key` is the section of params.yaml with `text_column`.
+    Raises BadData if the row has no text; the message names `key`, the section of params.yaml that has the
+    setting `text_column`.
     """
     text = row.get(column) if isinstance(row, dict) else row
     if isinstance(text, str):

@@ -226,9 +226,9 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
     """Return a table that says how much of each val document is also in train (GPT-3, appendix C).
 
-    Columns: document and twin (row numbers in `corpus.documents`; twin is -1 if train has no n-gram of the
-    document), ngrams (how many different n-grams the document has), seen (how many of these n-grams are in
-    train), score (seen / ngrams).
+    Columns: document (its row number in `corpus.documents`), twin (row number of the train document that has
+    the largest number of its n-grams; -1: none has any), ngrams (how many different n-grams the document
+    has), seen (how many of these n-grams are in train), score (seen / ngrams).
     """
     import pandas as pd
 
@@ -242,7 +242,7 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
         {
             "ngrams": hits[of_val].groupby("document").size(),
             "seen": shared.groupby("document")["ngram"].nunique(),
-            "twin": counts.set_index("document")["twin"],  # the train document that shares most n-grams
+            "twin": counts.set_index("document")["twin"],
         },
         index=pd.Index(np.flatnonzero(in_val), name="document"),
     )

@@ -96,8 +96,8 @@ def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
 def unicode_to_bytes() -> dict[str, int]:
     """Return a map from each character in GPT-2's published files to the byte that the character stands for.
 
-    The bytes are sorted by their token ids. The function `bytes_to_unicode` in openai/gpt-2, src/encoder.py,
-    returns the inverse map.
+    The entries have the order of GPT-2's token ids for single bytes. The function `bytes_to_unicode` in
+    openai/gpt-2, src/encoder.py, returns the inverse map.
     """
     # GPT-2's files write a byte that is not printable, or is a space, as a character from U+0100 on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]

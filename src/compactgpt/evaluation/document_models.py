@@ -62,7 +62,7 @@ def make_compressor(
 
     The dictionary of zstd is the first `train_megabytes` MB of the train split.
     """
-    context = "the document before"  # for reports: the earlier text of the same document
+    context = "the earlier text of the document"
     if spec.train_megabytes:
         context += f", and {spec.train_megabytes} MB of the train split"
     known = bytearray()

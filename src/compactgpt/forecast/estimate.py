@@ -24,8 +24,8 @@ MEASUREMENTS = 10  # number of timed matrix products; the shortest time counts
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return the content of reports/estimate.json.
 
-    `compact` is the run of params.yaml. `note` is the run of the note that this project checks.
-    `ladder` is the result of `sweep_report`; null without a sweep.
+    Keys: `compact` (estimate for the run of params.yaml), `note` (estimate for the run that the published
+    note describes), `ladder` (result of `sweep_report`; null without a sweep).
     """
     model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)

@@ -13,7 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # A tile is the part of the result for ROWS tokens x COLUMNS vocabulary entries. To compute the logits of a
 # tile, each call of tl.dot multiplies and sums over INNER channels.
 ROWS, COLUMNS, INNER = 128, 256, 64
-# The kernel completes GROUP rows of tiles, whose part of `x` fits into the L2 cache, before the next rows.
+# The kernel computes all tiles of GROUP rows of tiles, then those of the next GROUP rows: the part of `x`
+# that GROUP rows need fits into the L2 cache.
 GROUP = 64
 
 

@@ -109,7 +109,7 @@ class Claim(Section):
 
 
 class Row(Section):
-    """A row of the note's table: for each model, the id of its claim."""
+    """A row of the table in the note: for each model, the id of the claim about the row's quantity."""
 
     id: Literal["parameters", "perplexity", "context", "tokens", "loss"]
     compact: Name

@@ -210,7 +210,7 @@ def _counted(name: str, shape: Model) -> Iterator[Evidence]:
 
 
 def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
-    """Yield the note model's parameters and FLOPs per token, divided by GPT-2 small's."""
+    """Yield parameters and FLOPs per token of the model that the note describes, divided by GPT-2 small's."""
     sizes = asdict(note.parameters)
     counts = asdict(count_parameters(gpt2))
     ratios = {f"parameters.{convention}": sizes[convention] / n for convention, n in counts.items()}
@@ -262,10 +262,10 @@ def _from_loss(loss: Evidence, quantity: str, source: str, convert: Callable[[fl
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return the loss of each val document in nats, (documents,), for each view (a size of windows).
+    """Return view -> loss of each val document in nats, (documents,). A view is a size of windows.
 
-    View "": windows of the size that all neural models share. A model without windows has only this view.
-    View ".own": windows as long as the model's own context; left out if its losses equal those of view "".
+    View "": the size that all neural models share; for a model without windows, its only losses.
+    View ".own": the model's own context. This view is left out if its losses equal those of view "".
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}

@@ -288,7 +288,7 @@ def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         field = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-        raise BadData(f"{name}: {field}{first['msg']}; delete it and run `dvc repro`") from error
+        raise BadData(f"{name}: {field}{first['msg']}; delete {name} and run `dvc repro`") from error
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:

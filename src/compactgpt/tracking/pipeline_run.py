@@ -113,7 +113,7 @@ class RunFolder:
             reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
             with suppress(UserError):  # git raises UserError if the experiment has no commit
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
-            # DVC may still create the commit: return None until no journal has changed for COMMIT_SECONDS.
+            # DVC may still create the commit. Give up COMMIT_SECONDS after the last change of a journal.
             newest = max(file.path.stat().st_mtime for file in self.journals())
             return Folder(self.path / "no-commit") if time.time() - newest > COMMIT_SECONDS else None
         # A later `dvc` process may have changed dvc.lock in this work tree. The first stage of that process
