@@ -102,7 +102,7 @@ def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
     ours = {"kind": "folder", "path": "hf"}
     with pytest.raises(BadConfig) as refused:
         check_model_folder("ours", Folder(**ours))
-    ours["sha256"] = re.search(r"hash (\w{64})", str(refused.value))[1]
+    ours["sha256"] = re.search(r"is (\w{64})", str(refused.value))[1]
     save_params(project / "params.yaml", lambda tree: tree["baseline"]["specs"].update(ours=ours))
     save_split(project / "data/tokens/train.tokens", api.load_encoding(project / "data/tokenizer"))
     assert compactgpt.load("ours").generate("the") == compactgpt.load().generate("the")
