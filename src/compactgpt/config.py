@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 from compactgpt.common.sections import Name, Section, check_section, load_section
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch's seeds are signed 64-bit numbers
-Loss = Annotated[float, Field(gt=0, lt=700)]  # nats per token; the perplexity exp(710) overflows a float
+Loss = Annotated[float, Field(gt=0, lt=700)]  # nats per token; from 710 on, exp(loss) overflows a float
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -92,7 +92,7 @@ class HubSet(Section):
     sha256: Sha256 | None = None  # hash of the text of all rows
     opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
     separator: NonEmpty | None = None  # each row is split into parts at this text
-    # Consecutive parts of a row are joined until the text has this many characters. None: no part is joined.
+    # Join consecutive parts of a row until they have at least this many characters. None: join no parts.
     join_characters: PositiveInt | None = None
     file: UserPath | None = None  # local copy of the text, read instead of the hub if it exists
     file_url: NonEmpty | None = None  # where the user can download `file`

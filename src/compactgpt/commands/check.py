@@ -87,7 +87,7 @@ def gate(
     """Check the model against an accepted model.
 
     A metric worse than its limit gives exit code 3.
-    With --accept alone, checks nothing, and writes the present metrics to the file of --against.
+    --accept without --promote checks nothing: it writes the present metrics to the file of --against.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params

@@ -231,7 +231,9 @@ def _export(folder: Path, model: Path, *, overwrite: bool) -> None:
 def push_to_hub(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository on the hub: owner/name.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and upload nothing.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="If REPO does not exist, create it private.")
+    ] = False,
     model: ModelFolder = Path(MODEL),
 ) -> None:
     """Upload the trained model to the Hugging Face hub.

@@ -97,7 +97,7 @@ def under_torchrun() -> bool:
 
 
 def set_precision(dtype: str) -> None:
-    """Let Nvidia's GPUs compute float32 matrix products in TF32, unless `dtype` is float32."""
+    """Let Nvidia's GPUs multiply float32 matrices in the less exact TF32, except for `dtype` float32."""
     import torch
 
     torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")

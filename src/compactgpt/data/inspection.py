@@ -145,7 +145,7 @@ def _count_repetition(
 
 
 def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return a row for each val document with a near duplicate, and each overlap above `flagged_overlap`."""
+    """Return a table of val documents: a row for a near duplicate, and one for a score above the limit."""
     import pandas as pd
 
     # A val document may have two rows: one for a twin in train (`across` is true), one for a twin in val. Put

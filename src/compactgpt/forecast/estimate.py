@@ -53,7 +53,7 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
 
 
 def expected_loss(params: Params) -> ExpectedLoss:
-    """Return the loss that the rule `expect_loss` predicts for the run of params.yaml."""
+    """Return the loss that the function `expect_loss` predicts for the run of params.yaml."""
     return _expected_loss(params.model, params.training, params.training.optimizer, params.estimate)
 
 

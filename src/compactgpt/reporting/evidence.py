@@ -272,9 +272,9 @@ def _nats_by_view(measured: Measured) -> dict[str, Floats]:
 
 
 def _windows(measured: Measured, view: str) -> dict[str, int]:
-    """Return the fields `context` and `stride` of `Evidence`, or {} if the model has no windows.
+    """Return the fields `context` and `stride` of `Evidence` for a view of `_nats_by_view`.
 
-    View "": windows of the size that all neural models share. View ".own": windows as long as its context.
+    Returns {} if the model has no windows.
     """
     if view == "" and measured.score.model.kind in ("compressor", "ngram"):
         return {}

@@ -31,7 +31,8 @@ def find_directions(root: Path) -> list[dict[str, Any]]:
     """Compare training runs and generated texts, and return a dict for each claim of each comparison.
 
     The key `outcome` is `same way` (the direction that the claim says), `other way` or `no effect found`.
-    Returns [] if the sweep small-scale or seeds is missing, or if they differ in settings or val documents.
+    Returns [] if the sweep `small-scale` or the sweep `seeds` is missing, or if the two sweeps have different
+    settings or val documents.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:

@@ -209,9 +209,9 @@ class View:
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
-        """Return the meaning of perplexity, and how many claims of the note hold.
+        """Return a text: what perplexity means, and how many claims of the published note hold.
 
-        If the corpus is the user's own, return a comparison of the compact model with the baselines.
+        If the corpus is the user's own, the text compares the compact model with the baselines instead.
         """
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 

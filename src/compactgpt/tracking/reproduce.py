@@ -43,7 +43,7 @@ IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 LOSS_TOLERANCE = 0.01
 # Packages and machine facts that can change the rounding of results.
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
-# DVC's settings in the checkout. The checkout has its own cache and no remote.
+# DVC's settings in the temporary checkout of the version. The checkout has its own cache and no remote.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
 # These folders of .state have no downloaded files, so `_copy_downloads` does not link their files.
 _NO_DOWNLOADS = {"locks", "reproductions", "tokenization", "tracking", "training"}

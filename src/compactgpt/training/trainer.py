@@ -336,14 +336,16 @@ class Trainer:
         )
 
     def add_row(self) -> None:
-        """Add a row to the loss curve; save the model if its val loss is the lowest and steps are left."""
+        """Add a row to the loss curve. Save the model if its val loss is the lowest so far.
+
+        After the last step, `save_results` saves the model, so this method does not.
+        """
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._check_finite(self.step - 1, {"validation loss": val_loss})
         # All steps have the same number of tokens, so the mean over steps is the mean over tokens.
         row = Row(self.step, math.fsum(self.losses) / len(self.losses), val_loss)
         self.rows.append(row)
         self.losses = []
-        # `save_results` saves the model after the last step, so `add_row` does not save that model.
         is_best = row is best_row(self.rows) and self.step < self.training.max_steps
         # Losses may differ by rounding between machines, so only the main process decides.
         if self.group.any_rank(is_best and self.group.is_main_process):
