@@ -458,7 +458,7 @@ class Regression(Section):
     max_documents: PositiveInt  # maximum number of val documents that a reference of the gate stores
     max_baseline_change: NonNegativeFloat  # maximum change of a baseline's loss since the reference, in nats
     min_throughput_ratio: PositiveFloat  # minimum of our training speed divided by nanoGPT's
-    # Metric -> the relative rise of a perplexity, or the fall of an accuracy, that the gate still accepts.
+    # Metric -> how much worse it may get: 0.02 lets a perplexity rise by 2 %, and an accuracy fall by 0.02.
     tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]
 
 

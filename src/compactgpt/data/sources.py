@@ -139,7 +139,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
-    # Shards of another pyarrow version are not kept: their bytes may differ for the same documents.
+    # Shards that another pyarrow version wrote are written again: their bytes may differ.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     key = hashlib.sha256(json_bytes(inputs)).hexdigest()
     path = folder / "progress.json"

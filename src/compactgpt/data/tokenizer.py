@@ -137,7 +137,7 @@ class GigatokenEncoder:
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
-        self._unchecked_bytes = CHECK_EVERY_BYTES  # starts at the limit, so that the first text is compared
+        self._unchecked_bytes = CHECK_EVERY_BYTES  # so that the first text is checked
         self._load_gigatoken()
 
     def _load_gigatoken(self) -> None:

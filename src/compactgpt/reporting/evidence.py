@@ -262,10 +262,10 @@ def _from_loss(loss: Evidence, quantity: str, source: str, convert: Callable[[fl
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return view -> loss of each val document in nats, (documents,). A view is a size of windows.
+    """Return the model's loss on each val document in nats, (documents,), one or two times.
 
-    View "": the size that all neural models share; for a model without windows, its only losses.
-    View ".own": the model's own context. This view is left out if its losses equal those of view "".
+    Key "": in the windows that all neural models share (a model without windows has only this key).
+    Key ".own": in windows as long as the model's own context. It is left out if the losses are the same.
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}

@@ -371,7 +371,7 @@ class View:
         }
 
     def task_rows(self) -> list[list[str]]:
-        """Return the scores that the table `measured` lacks, as (model, quantity, value, p-value).
+        """Return the scores that have no column in `measured_rows`, as (model, quantity, value, p-value).
 
         If reports/evidence.json has a loss and its perplexity, only the loss is returned, because the
         perplexity is exp(loss).

@@ -1,6 +1,6 @@
 """Read the run folder of a `dvc` process and find the outcome of each stage.
 
-A stage that DVC skips writes no journal, so only dvc.lock has its outcome.
+A stage that runs writes a journal there. A stage that DVC skips does not: only dvc.lock has its outcome.
 """
 
 import csv

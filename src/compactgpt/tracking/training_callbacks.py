@@ -117,7 +117,7 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def overfitting_warning(rows: list[Row]) -> str | None:
-    """Return a warning if the train loss fell, but the val loss is OVERFITTING nats above its lowest value."""
+    """Return a warning if the train loss fell, but the val loss is OVERFITTING nats above its minimum."""
     best, last = best_row(rows), rows[-1]
     if last.val_loss < best.val_loss + OVERFITTING or last.train_loss >= best.train_loss:
         return None
