@@ -309,7 +309,7 @@ def run_tasks(
             is_right = np.array([each[:, 1].all() for each in scores])
             report[name] = answer_figures(items, nats, is_right)
             if name == "lambada_word":
-                # Score a word's last token only, and exclude stop words (Radford et al. 2019, section 3.3).
+                # Radford et al. 2019, section 3.3: score a word's last token, and never predict a stop word.
                 last_nats = np.array([each[-1, 0] for each in scores])
                 is_last_right = np.array([each[-1, 2] > 0 for each in scores])
                 report["lambada_last_token"] = answer_figures(items, last_nats, is_last_right)

@@ -175,7 +175,7 @@ def follow(folder: RunFolder) -> None:
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
-                folder.keep_after()  # save the files before `open_store`, which can fail
+                folder.keep_after()  # first, because `open_store` can fail
                 logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                 with store_errors(folder.start["store"]["uri"]):
                     if logger.copy():
