@@ -73,11 +73,16 @@ def init_corpus(
 
 
 def _show_next(more_undo: str = "") -> None:
-    """Print the next command to run, and the commands that undo the changes, also those of `more_undo`."""
+    """Print the next command to run, and the commands of an undo; `more_undo` has some of these commands."""
     with suppress(UserError):  # git_text raises UserError outside a git repository
         if git_text(Path(), "status", "--porcelain", LOCK):
             echo(f"your last results are not in git; to keep them: git commit -m results {LOCK} reports")
-    echo(f"next: make repro\nto undo: git checkout HEAD -- {PARAMS} {LOCK} reports{more_undo}; make repro")
+    echo(f"next: make repro\n{_undo(more_undo)}")
+
+
+def _undo(more: str = "") -> str:
+    # DVC does not track data/data_docs, so a checkout would leave the pages of the other text there.
+    return f"to undo: git checkout HEAD -- {PARAMS} {LOCK} reports; rm -rf data/data_docs{more}; make repro"
 
 
 @app.command()
@@ -154,7 +159,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
     experiments.run(name, PARAMS, settings or [])
     metrics = read_json(Path("reports/metrics.json"))
     echo("our model, measured: loss {loss:.3f}, perplexity {perplexity:.2f}".format(**metrics))
-    echo(f"The page: reports/index.html\nnext: compactgpt experiment record {name}")
+    echo(f"The page: reports/index.html\nnext: compactgpt experiment record {name}\n{_undo()}")
 
 
 def _run_sweep(name: str, settings: list[str], num_threads: int) -> None:

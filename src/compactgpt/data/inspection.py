@@ -52,7 +52,7 @@ def inspect(
     repetition = _count_repetition(len(corpus.documents), twins, overlap, params)
     tables = [_split_table(splits[name], name, corpus, rule, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
-    results = check_expectations("inspection", tables, docs)
+    results = check_expectations("inspection", corpus_facts, tables, docs)
     return {
         "success": all(result["success"] for result in results),
         **describe_splits(tokens),

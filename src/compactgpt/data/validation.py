@@ -68,7 +68,7 @@ def validate(
         Table("corpus", [corpus], corpus_expectations(params, manifest)),
         Table("documents", rows, document_expectations(params)),
     ]
-    results = check_expectations("validation", tables, docs)
+    results = check_expectations("validation", manifest, tables, docs)
     success = all(result["success"] for result in results)
     return {"success": success, **counts, "rows": len(rows), "expectations": results}
 
@@ -206,13 +206,17 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 # --- running Great Expectations
 
 
-def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
+def check_expectations(
+    stage: str, manifest: Mapping[str, Any], tables: Sequence[Table], docs: Path
+) -> list[dict[str, Any]]:
     """Check the tables, write Data Docs into `docs`, and return the result of each expectation.
 
-    Data Docs show `run_name`. Raises NotAllowed if the files in `docs` differ from their manifest.
+    `manifest` is the manifest of the documents' folder: Data Docs name the corpus.
+    Raises NotAllowed if the files in `docs` differ from their manifest.
     """
     import great_expectations as gx
 
+    run_name = f"{stage} of {manifest['documents']:,} documents of the corpus {manifest.get('corpus')}"
     # Hide GX's traceback when the disk is full: the stage reports this error in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
     with atomic_folder(docs, kind="data docs") as temporary:
@@ -228,7 +232,7 @@ def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> li
         }
         context.add_data_docs_site("data_docs", site)
         results = [result for table in tables for result in _run_checkpoint(context, run_name, table)]
-        _make_offline(temporary, results)
+        _make_offline(temporary, run_name, results)
     return results
 
 
@@ -292,7 +296,7 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
+def _make_offline(docs: Path, run_name: str, results: Sequence[Mapping[str, Any]]) -> None:
     """Remove links to other servers from the pages in `docs`, and write an index page."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -308,4 +312,5 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
         pages.append({"name": path.parts[1], "path": path, "of": len(of_table), "failed": failed})
     template = Environment(loader=FileSystemLoader(_PLUGINS), autoescape=True).get_template("index.html.j2")
     style = (_PLUGINS / "custom_data_docs/styles/data_docs_custom_styles.css").read_text()
-    (docs / "index.html").write_text(template.render(pages=pages, style=style), encoding="utf-8")
+    index = template.render(run_name=run_name, pages=pages, style=style)
+    (docs / "index.html").write_text(index, encoding="utf-8")
