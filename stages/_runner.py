@@ -163,7 +163,7 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return a message: the stage's number, and how long this and the later stages took last time."""
+    """Return a message: the stage's number, and how long this and the later stages took before."""
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
     minutes = sum(float(file.read_text()) for file in files) / 60

@@ -13,7 +13,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
     """Read the corpus, download the tokenizer, and write both to data/."""
     from compactgpt.data.documents import MEGABYTE
     from compactgpt.data.inputs import require_corpus
-    from compactgpt.data.sources import Limits, collect, corpus_name, download_tokenizer, open_corpus
+    from compactgpt.data.sources import Limits, collect, download_tokenizer, open_corpus
 
     with open_stage("download", tracker, ("download",)) as stage:
         params, state, log = stage.params.download, state_folder(), stage.print_message
@@ -25,7 +25,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         corpus = open_corpus(params, Path(), stage.params.runtime.num_workers, progress, log)
         limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
         facts = collect(corpus, Path("data/documents"), limits, state=state / "download", log=log)
-        report = {**facts, "name": corpus_name(params), "tokenizer": tokenizer}
+        report = {**facts, "name": params.corpus_name, "tokenizer": tokenizer}
         stage.report(Path("reports/download.json"), report)
 
 

@@ -22,6 +22,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
             docs,
             stage.params.inspection,
             num_workers=stage.params.runtime.num_workers,
+            corpus_name=stage.params.download.corpus_name,
             progress=stage.progress("documents"),
         )
         stage.report(report, facts)

@@ -14,8 +14,13 @@ def main(tracker: TrackerName = "mlflow") -> None:
 
     report, docs = Path("reports/validation.json"), Path("data/data_docs/documents")
     with open_stage("validation", tracker, ("validation",)) as stage:
-        progress = stage.progress("documents")
-        facts = validate(Path("data/documents"), docs, stage.params.validation, progress=progress)
+        facts = validate(
+            Path("data/documents"),
+            docs,
+            stage.params.validation,
+            corpus_name=stage.params.download.corpus_name,
+            progress=stage.progress("documents"),
+        )
         stage.report(report, facts)
         stage.data_docs(docs)
         require_success(facts, "the documents", f"{report} has the complete result")

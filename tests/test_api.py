@@ -121,7 +121,7 @@ def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
         ("", lambda: compactgpt.load("data"), MissingInput, "data has no model"),
         ("", lambda: compactgpt.load("models:/nix@champion"), MissingInput, r"no mlflow\.db here"),
         ("no tokenizer", lambda: compactgpt.load(), MissingInput, "no tokenizer in data/tokenizer"),
-        ("other tokenizer", lambda: compactgpt.load(), BadData, "another project trained this model"),
+        ("other tokenizer", lambda: compactgpt.load(), BadData, "if another project trained the model"),
         ("", lambda: compactgpt.load().score(""), BadData, "empty"),
         ("", lambda: compactgpt.load().score("\ud800"), BadData, "UTF-8"),
         ("", lambda: compactgpt.load().generate("\ud800"), BadData, "UTF-8"),

@@ -186,7 +186,8 @@ def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file
     assert done.output.endswith(
         "our model, measured: loss 3.695, perplexity 40.23\nThe page: reports/index.html\n"
         "next: compactgpt experiment record shakespeare\n"
-        "to undo: git checkout HEAD -- params.yaml dvc.lock reports; rm -rf data/data_docs; make repro\n"
+        "to undo: git checkout HEAD -- params.yaml dvc.lock reports; git clean -fdq reports; "
+        "rm -rf data models; make repro\n"
     )
 
 

@@ -90,7 +90,7 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator over the steps of the generation. Each step adds a token to each continuation.
+        """Return an iterator over the steps of the generation. A step adds at most a token to a continuation.
 
         The iterator yields a list of `num_samples` strings: the text that the step adds to each continuation.
         With temperature 0, each token is the most probable one.
@@ -202,7 +202,7 @@ def _load_folder(name: str, folder: Path) -> Model:
         if len(model.head) != encoding.n_vocab:
             raise BadData(
                 f"{folder} has a vocabulary of {len(model.head):,} tokens, but the tokenizer has "
-                f"{encoding.n_vocab:,}: another project trained this model. Run the command there"
+                f"{encoding.n_vocab:,}: if another project trained the model, name its folder in that project"
             )
         return Model(name, model, encoding)
     if not (folder / "config.json").exists():

@@ -3,7 +3,8 @@
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from glob import has_magic
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -135,6 +136,17 @@ class Download(Section):
     files: Files
     hub: HubCorpus
     tokenizer: Tokenizer
+
+    @property
+    def corpus_name(self) -> str:
+        """The name of the corpus in reports and Data Docs."""
+        if self.corpus == "docstrings":
+            return "docstrings"
+        if self.corpus == "hub":
+            return self.hub.name
+        first, *others = self.files.patterns
+        is_one_file = not others and not has_magic(first)
+        return self.files.name or (PurePath(first).name.split(".")[0] if is_one_file else "your text")
 
 
 class Validation(Section):
@@ -443,7 +455,7 @@ class Estimate(Section):
     corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)  # data set -> its number of tokens
     utilisation_of_products: PositiveShare = 0.6  # training speed divided by the speed of matrix products
     machines: Annotated[dict[Name, Machine], Field(min_length=1)]
-    anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]  # finished runs; forecasts use their losses
+    anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]  # finished runs with a known loss
 
 
 class Comparison(Section):

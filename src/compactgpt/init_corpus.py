@@ -34,13 +34,13 @@ OTHER_BYTES_PER_TOKEN = 1.5
 VAL_DOCUMENTS = 50  # val documents to aim for; a split by hash may give fewer, but rarely fewer than 20
 VAL_TOKENS = 30_000  # val tokens to aim for; every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-MIN_DOCUMENTS = 10  # text statistics need 2 val documents, and MAX_VAL_FRACTION of 10 documents is 2
+MIN_DOCUMENTS = 10  # train and val together: MAX_VAL_FRACTION of them is 2, which text statistics need
 FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut files
 # Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-# Number of tokens to score in all val documents together. `_evaluation` divides this number equally: only the
-# first SCORED_TOKENS / (number of val documents) tokens of each document are scored.
+# Number of tokens to score in all val documents together. `_evaluation` divides this number equally: it sets
+# how many of the first tokens of each document are scored, at least one window.
 SCORED_TOKENS = 200_000
 # The proposed lengths of prompt and continuation must fit into at least this many val documents.
 CONTINUED_DOCUMENTS = 8

@@ -13,7 +13,7 @@ from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import verified_manifest, write_bytes, write_json
 from compactgpt.config import parse_params
 from compactgpt.data.documents import Corpus, Part, Text
-from compactgpt.data.sources import Limits, corpus_name
+from compactgpt.data.sources import Limits
 from compactgpt.data.tokenizer import load_encoding
 from stages.download import app
 from tests.support.corpora import DOWNLOAD, ROOT, collect_in, download_params
@@ -116,7 +116,7 @@ def test_texts_of_other_lengths_are_left_out_and_counted(tmp_path):
     ],
 )
 def test_a_corpus_has_a_name(corpus, files, name):
-    assert corpus_name(download_params(corpus=corpus, files=files)) == name
+    assert download_params(corpus=corpus, files=files).corpus_name == name
 
 
 @pytest.mark.parametrize(

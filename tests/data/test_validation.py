@@ -143,7 +143,7 @@ def test_the_stage_says_what_was_expected_and_writes_the_report_before_it_fails(
     assert not json.loads(Path("reports/validation.json").read_text())["success"]
     (logged,) = tmp_path.rglob(".state/tracking/*/*/artifacts/data_docs/documents/index.html")
     assert "2 of 4 met" in logged.read_text()
-    assert "validation of 1 documents of the corpus" in logged.read_text()
+    assert "validation of 1 documents of docstrings" in logged.read_text()
 
 
 def test_data_docs_need_no_network_and_text_of_a_corpus_never_becomes_markup(tmp_path):

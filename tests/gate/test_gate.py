@@ -163,7 +163,10 @@ def test_figures_without_a_tolerance_are_shown_and_throughput_is_a_ratio():
         verdict = gate.run_gate(then, now, judged, NOISE, ratio)
         assert (verdict.against, verdict.reason) == ("then", "a better recipe")
         assert verdict.watched == [Check("bits", "info", "", None, 1.0), Check("loss", "info", "", 4.0, 4.5)]
-        assert verdict.guards[-1].status == status
+        other_text = gate.run_gate(then, replace(now, fingerprint={"val": "f" * 64}), judged, NOISE, ratio)
+        assert not [*other_text.metrics, *other_text.watched]
+        for guards in (verdict.guards, other_text.guards):
+            assert [check.status for check in guards if check.name == "throughput"] == [status]
 
 
 def test_changed_parameters_that_can_explain_other_metrics_are_named():
@@ -180,7 +183,7 @@ def test_a_baseline_that_moved_fails_unless_something_explains_it():
     then = snapshot(baselines={"gone": 1.0, "unigram": 6.0, "xz": 5.0})
     moved = {"new": 2.0, "unigram": 6.25, "xz": 5.0}
     judged = SETTINGS.model_copy(update={"max_baseline_change": 0.125})
-    says = "the baseline's loss changed, so the evaluation code or the data changed"
+    says = "the baseline's loss changed, so its settings, the evaluation or the data changed"
     for other, status in (({}, "fail"), ({"data": {"train": "e" * 64}}, "warn")):
         guards = gate.run_gate(then, snapshot(baselines=moved, **other), judged, NOISE).guards
         assert guards[2:-1] == [Check("baseline.unigram", status, says, 6.0, 6.25)]

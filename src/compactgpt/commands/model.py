@@ -16,7 +16,6 @@ import typer
 from compactgpt.commands.options import PARAMS, AsJson, ParamsFile
 from compactgpt.common.console import ProgressBar, echo, report
 from compactgpt.common.errors import BadData, MissingInput, printable
-from compactgpt.common.storage import read_json
 
 if TYPE_CHECKING:
     from compactgpt.api import Model, Score
@@ -98,7 +97,7 @@ def _read_text(name: str) -> str:
     except UnicodeDecodeError as error:
         shown = "standard input" if name == "-" else name
         raise BadData(
-            f"{shown} is not UTF-8 (first wrong byte: number {error.start:,}): "
+            f"{shown} is not UTF-8 (first wrong byte: number {error.start + 1:,}): "
             "convert the text, for example by iconv"
         ) from error
 
@@ -142,9 +141,13 @@ def evaluate(
     Prints nats per token, perplexity and bits per byte, with 95 % intervals. Writes no file.
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
+    from compactgpt.reporting.schemas import Score as Report
+    from compactgpt.reporting.schemas import read_report
+
     documents, cut = [_read_text(name) for name in files], ""
     if len(documents) == 1 and not whole:
         documents, cut = _cut(documents[0], files[0])
+    own = read_report(EVALUATION, Report) if MODEL in model and EVALUATION.exists() else None
     models = _load(model, params_file)
     window = min(one.window for one in models)  # all models get the same context, so they can be compared
     scores = {
@@ -171,9 +174,11 @@ def evaluate(
     for one in models:
         if scores[one.name].loss > math.log(one.encoding.n_vocab):
             echo(f"{one.name} predicts this text worse than a random guess: it was trained on other text")
-    if MODEL in scores and EVALUATION.exists():
-        own = read_json(EVALUATION)["loss"]["value"]
-        echo(f"for comparison: {MODEL} has {own:.3f} nats per token on its own val documents ({EVALUATION})")
+    if own:
+        echo(
+            f"for comparison: {MODEL} has {own.loss.value:.3f} nats per token on its own val documents, "
+            f"in context windows of {own.window:,} tokens ({EVALUATION})"
+        )
     if not score.intervals:
         echo(f"no intervals: they need several files, or one file of over {LONG:,} characters")
 

@@ -81,8 +81,10 @@ def _show_next(more_undo: str = "") -> None:
 
 
 def _undo(more: str = "") -> str:
-    # DVC does not track data/data_docs, so a checkout would leave the pages of the other text there.
-    return f"to undo: git checkout HEAD -- {PARAMS} {LOCK} reports; rm -rf data/data_docs{more}; make repro"
+    # Without the commands `git clean` and `rm`, files that only the other version has would stay: reports of
+    # its baselines, Data Docs. `make repro` restores data/ and models/ from DVC's cache.
+    restore = f"git checkout HEAD -- {PARAMS} {LOCK} reports; git clean -fdq reports; rm -rf data models"
+    return f"to undo: {restore}{more}; make repro"
 
 
 @app.command()

@@ -107,8 +107,8 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # The file does not contain `part`. If `part` is the missing key, keep it. Otherwise, pydantic has
-            # added `part` to the path: it is the kind of a baseline, such as `unigram`. Then skip it.
+            # The file does not contain `part`. If `part` is the missing key, keep it. Otherwise, skip it:
+            # pydantic added it to the path, such as the kind of a baseline (`unigram`).
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))

@@ -39,8 +39,8 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-# `_candidates` lists the documents with equal keys in a bucket. Each document is paired with at most this
-# many documents that follow in the bucket.
+# `_candidates` lists the documents with equal keys in a bucket. Each document but the first is paired with at
+# most this many documents that follow in the bucket.
 _NEIGHBOURS = 8
 # For each n-gram, `digest_documents` stores only the first train documents with the n-gram, about this many.
 _TRAIN_DOCUMENTS_PER_NGRAM = 10

@@ -35,11 +35,12 @@ def inspect(
     params: Inspection,
     *,
     num_workers: int,
+    corpus_name: str = "a corpus",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Check the token files, write Data Docs into `docs`, and return the report.
 
-    Raises MissingInput or BadData if an input is missing or damaged.
+    Data Docs show `corpus_name`. Raises MissingInput or BadData if an input is missing or damaged.
     """
     manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
     # Do not verify again: `verified_manifest` has verified the hashes of the token files.
@@ -52,11 +53,12 @@ def inspect(
     repetition = _count_repetition(len(corpus.documents), twins, overlap, params)
     tables = [_split_table(splits[name], name, corpus, rule, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
-    results = check_expectations("inspection", corpus_facts, tables, docs)
+    num_documents = len(corpus.documents)
+    results = check_expectations(f"inspection of {num_documents:,} documents of {corpus_name}", tables, docs)
     return {
         "success": all(result["success"] for result in results),
         **describe_splits(tokens),
-        "documents": len(corpus.documents),
+        "documents": num_documents,
         "repetition": repetition,
         "flagged": _describe(_flagged(twins, overlap, params), corpus),
         "repeated": _describe(_repeated(twins, params), corpus),

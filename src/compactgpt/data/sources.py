@@ -9,9 +9,8 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
-from glob import has_magic
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from compactgpt.common.console import Progress
@@ -65,17 +64,6 @@ def open_corpus(params: Download, root: Path, num_workers: int, progress: Progre
     if params.corpus == "docstrings":
         return docstring_corpus(params.docstrings, num_workers, progress)
     return hub_corpus(params, progress)
-
-
-def corpus_name(params: Download) -> str:
-    """Return the name that reports show for the corpus."""
-    if params.corpus == "docstrings":
-        return "docstrings"
-    if params.corpus == "hub":
-        return params.hub.name
-    first, *others = params.files.patterns
-    is_one_file = not others and not has_magic(first)
-    return params.files.name or (PurePath(first).name.split(".")[0] if is_one_file else "your text")
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:

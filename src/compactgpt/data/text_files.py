@@ -77,7 +77,7 @@ def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
     if not found:
         raise MissingInput(
             f"no file matches download.files.patterns ({', '.join(patterns)}) and has one of the suffixes "
-            f"{_KINDS}: add text to {FOLDER}/, or correct the patterns in params.yaml"
+            f"{_KINDS}: add files with text, or correct the patterns in params.yaml"
         )
     return [(index, name) for name, index in found.items()]
 

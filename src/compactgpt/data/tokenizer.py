@@ -127,8 +127,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
 
 
 # If a text matches this pattern, tiktoken encodes the text, because gigatoken cuts words differently at
-# characters that are new in Unicode 17. The pattern matches the first UTF-8 bytes of the new characters. Some
-# older characters begin with the same bytes: tiktoken then encodes a text that gigatoken could encode, too.
+# letters that are new in Unicode 17. The pattern matches the first UTF-8 bytes of the new letters. Some
+# older letters begin with the same bytes: tiktoken then encodes a text that gigatoken could encode, too.
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 

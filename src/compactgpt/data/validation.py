@@ -39,11 +39,16 @@ class Table(NamedTuple):
 
 
 def validate(
-    documents: Path, docs: Path, params: Validation, *, progress: Progress = silent
+    documents: Path,
+    docs: Path,
+    params: Validation,
+    *,
+    corpus_name: str = "a corpus",
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Check the documents, write Data Docs into `docs`, and return the report.
 
-    Of a large corpus, GX checks a sample of about `params.max_rows` documents.
+    Data Docs show `corpus_name`. Of a large corpus, GX checks a sample of about `params.max_rows` documents.
     """
     manifest = verified_manifest(documents)
     total = manifest["documents"]
@@ -68,7 +73,7 @@ def validate(
         Table("corpus", [corpus], corpus_expectations(params, manifest)),
         Table("documents", rows, document_expectations(params)),
     ]
-    results = check_expectations("validation", manifest, tables, docs)
+    results = check_expectations(f"validation of {total:,} documents of {corpus_name}", tables, docs)
     success = all(result["success"] for result in results)
     return {"success": success, **counts, "rows": len(rows), "expectations": results}
 
@@ -206,17 +211,13 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 # --- running Great Expectations
 
 
-def check_expectations(
-    stage: str, manifest: Mapping[str, Any], tables: Sequence[Table], docs: Path
-) -> list[dict[str, Any]]:
+def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
     """Check the tables, write Data Docs into `docs`, and return the result of each expectation.
 
-    `manifest` is the manifest of the documents' folder: Data Docs name the corpus.
-    Raises NotAllowed if the files in `docs` differ from their manifest.
+    Data Docs show `run_name`. Raises NotAllowed if the files in `docs` differ from their manifest.
     """
     import great_expectations as gx
 
-    run_name = f"{stage} of {manifest['documents']:,} documents of the corpus {manifest.get('corpus')}"
     # Hide GX's traceback when the disk is full: the stage reports this error in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
     with atomic_folder(docs, kind="data docs") as temporary:

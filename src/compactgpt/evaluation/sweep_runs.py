@@ -76,7 +76,7 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the runs to train: all unfinished runs, and finished runs whose weights are missing.
+    """Return the runs to train: the unfinished runs, and the finished runs whose weights are needed again.
 
     An unfinished run can start from the weights of a finished run. If these weights are not in `folder`, the
     finished run must be trained again.

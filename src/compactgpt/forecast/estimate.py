@@ -25,7 +25,8 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return the content of reports/estimate.json.
 
     Keys: `compact` (estimate for the run of params.yaml), `note` (estimate for the run that the published
-    note describes), `ladder` (result of `sweep_report`; null without a sweep).
+    note describes), `calibration` (how well the rule `expect_loss` predicted measured runs), `ladder` (result
+    of `sweep_report`; null without a sweep).
     """
     model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
@@ -64,7 +65,7 @@ def _expected_loss(
     return expect_loss(run_of(model, training), optimizer, model.vocab_size, anchors)
 
 
-def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
+def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:  # None: unknown
     if sweep and sweep.corpus == corpus_settings(params):
         return sweep.train_tokens
     download = params.download

@@ -123,21 +123,22 @@ def run_gate(
 ) -> Verdict:
     """Compare the new version `now` of the project with the accepted version `then`.
 
-    `throughput` is our training speed divided by nanoGPT's; None skips its check.
+    `throughput` is our training speed divided by nanoGPT's; None skips its check. If the val split or its
+    windows changed, the verdict has no check of a loss or a score.
     """
     differences = _list_differences(then, now)
     verdict = Verdict(then.name, then.reason)
     same_text = _check_fingerprint(then, now)
     verdict.guards.extend([same_text, _check_parameters(differences)])
-    if same_text.status == "fail":  # numbers on different text can't be compared
-        return verdict
-    verdict.guards.extend(_check_baselines(then, now, settings, explained=bool(differences)))
-    verdict.guards.append(Check("noise", "info", noise.source))
     if throughput is not None:
         least = settings.min_throughput_ratio
         says = f"the training speed is {throughput:.2f} times nanoGPT's speed; the minimum is {least:.2f}"
         status: Status = "pass" if throughput >= least else "fail"
         verdict.guards.append(Check("throughput", status, says, least, throughput))
+    if same_text.status == "fail":  # losses on other text or in other windows can't be compared
+        return verdict
+    verdict.guards.extend(_check_baselines(then, now, settings, explained=bool(differences)))
+    verdict.guards.append(Check("noise", "info", noise.source))
     for check in _check_metrics(then, now, settings, noise):
         (verdict.watched if check.status == "info" else verdict.metrics).append(check)
     checked = {check.name for check in [*verdict.metrics, *verdict.watched]}
@@ -148,7 +149,8 @@ def run_gate(
 
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
     if changes := _compare(then.fingerprint, now.fingerprint):
-        says = f"not comparable: the val split or its windows changed ({', '.join(changes)})"
+        what = f"the val split or its windows changed ({', '.join(changes)})"
+        says = f"not comparable: {what}. Restore the old values, or use --accept"
         return Check("validation", "fail", says)
     if not set(then.documents.ids) <= set(now.documents.ids):
         return Check("validation", "fail", "not comparable: the reference has documents that are missing now")
@@ -202,7 +204,7 @@ def _check_baselines(
     shared = sorted(before.keys() & after.keys())
     moved = [name for name in shared if abs(after[name] - before[name]) > settings.max_baseline_change]
     for name in moved:
-        says = "the baseline's loss changed, so the evaluation code or the data changed"
+        says = "the baseline's loss changed, so its settings, the evaluation or the data changed"
         status: Status = "warn" if explained else "fail"
         yield Check(f"baseline.{name}", status, says, before[name], after[name])
     if shared and not moved:

@@ -33,7 +33,7 @@ TRAINED_HERE = {
     "tokens": "tokens_seen",
     "loss": "loss",
 }
-# Name of a group of verdicts -> the verdicts in this group. `View.sums` counts the claims of each group.
+# Name of a group of verdicts -> the verdicts in this group. `View.groups` counts them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "holds": ("confirmed", "supported"),
     "repeats": ("restated", "consistent"),

@@ -32,7 +32,7 @@ class Difference:
     environment: dict[str, Pair]  # package or machine fact -> the values in A and B
     metrics: dict[str, Pair]  # model and metric, such as `xz: loss` -> the values in A and B
     ratios: dict[str, Interval]  # model -> perplexity in B / perplexity in A, on the same documents
-    unpaired: list[str]  # one sentence for each model that has no ratio, with the reason
+    unpaired: list[str]  # a sentence for each model of both A and B that has no ratio: why
 
     def lines(self) -> list[str]:
         """Return the differences as lines for the terminal."""

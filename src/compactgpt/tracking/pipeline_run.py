@@ -156,7 +156,7 @@ def find_outcome(
 ) -> Outcome:
     """Return the outcome of the `dvc` process that ran `command`.
 
-    `before` has dvc.lock and params.yaml from the start of the process. `place` has the project's files
+    `before` has dvc.lock and params.yaml from the start of the process. `place` has these files
     from the end of the process. `tree` is the work tree, or None if `place` is a commit.
     """
     try:
@@ -204,8 +204,8 @@ def _is_current(
         inside = {out for out in made if dvc_files.overlap(out, path)}
         if not inside <= valid.keys() or made.get(path, md5) != md5:
             return False
-        # An input that no stage made is code or the corpus. In the work tree, the input may have changed
-        # since the stage ran, so compare its MD5. In a commit, the input is the one that the stage read.
+        # No stage made this input: it is code, the corpus, or a file such as claims.yaml. In the work tree,
+        # it may have changed since the stage ran, so compare its MD5. A commit has what the stage read.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import Unreachable, UserError
-from compactgpt.common.git import DIFF
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_entries
 from compactgpt.tracking.journal import (
     DEFAULT_URI,
@@ -111,10 +110,6 @@ class Store:
     def log_folder(self, run_id: str, folder: Path, target: str | None = None) -> None:
         """Log the files of `folder` to an MLflow run, in its artifact folder `target` or at the top."""
         self.client.log_artifacts(run_id, str(folder), target)
-        if (folder / DIFF).exists():
-            # `log_artifacts` has made a copy of the uncommitted changes that all users can read. Replace the
-            # copy with a private one: `log_artifact` keeps the permissions of the file.
-            self.client.log_artifact(run_id, str(folder / DIFF), target)
 
     def start_monitor(self, run_id: str) -> Any:
         """Start to log this machine's system metrics to an MLflow run, and return the monitor."""

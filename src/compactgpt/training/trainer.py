@@ -229,7 +229,7 @@ class Trainer:
         if before != now:
             callbacks.on_warning(
                 f"training.launcher.processes changed from {before} to {now} at step {self.step}: the "
-                "weights can differ slightly, because another number of processes rounds sums differently"
+                f"weights can differ slightly from those of {before} processes, which round sums differently"
             )
         return self.step
 
