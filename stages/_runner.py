@@ -92,7 +92,7 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
     the part of a DVC stage's name after `@`, such as `xz` in `baseline@xz`.
     """
     full_name = f"{name}@{item}" if item else name
-    with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
+    with _stoppable(), handle_user_errors("stopped; `dvc repro` continues with this stage"):
         _die_with_parent()
         if item and not re.fullmatch(NAME_PATTERN, item):
             raise BadConfig(f"{name} {item!r}: {NAME_RULE}")

@@ -66,7 +66,7 @@ def journal_lines(here: Path) -> list[dict]:
         *((kind("x"), kind.exit_code, "error: x\n", "FAILED") for kind in (UserError, BadData, CheckFailed)),
         (Busy("x"), Busy.exit_code, "error: x\n", "KILLED"),
         (OSError(errno.ENOSPC, "No space", "data/x"), 73, "error: no space left on the disk", "FAILED"),
-        (KeyboardInterrupt(), 130, "error: stopped; `dvc repro` resumes from here\n", "KILLED"),
+        (KeyboardInterrupt(), 130, "error: stopped; `dvc repro` continues with this stage\n", "KILLED"),
         (typer.Exit(5), 5, "", "FAILED"),
         (ZeroDivisionError("a bug of ours is not hidden"), 1, "", "FAILED"),
     ],

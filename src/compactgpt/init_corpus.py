@@ -256,7 +256,9 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
     steps_per_epoch = tokens / params.training.tokens_per_step
     found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * steps_per_epoch)
     steps = max(10, int(float(f"{found:.2g}")))
-    time = f"about {format_minutes(steps * step_minutes)} on a quiet machine (estimated)"
+    time = f"about {format_minutes(steps * step_minutes)} at the speed that was measured just now"
+    if os.getloadavg()[0] > 1:
+        time += " (other programs were running: for a better estimate, run this on a quiet machine)"
     if found == MAX_EPOCHS * steps_per_epoch:
         time += "; not longer, because with more epochs a model often memorizes a text of this size"
     values = {

@@ -66,7 +66,7 @@ def test_a_user_sees_batch_progress_time_left_and_the_expected_loss(monkeypatch)
     )
     assert re.fullmatch(
         r"training: 100 of 100 steps, train loss \d\.\d+, val loss of \d+ windows \d\.\d+, "
-        r"tokens/s [\d,]+, left 0:00, expected final val loss 3\.00-3\.40",
+        r"tokens/s [\d,]+, expected final val loss 3\.00-3\.40",
         lines[-1],
     )
 

@@ -41,16 +41,25 @@ class ProgressBar:
         self.name, self.unit = name, unit
         self._bar: Any = None
         self._next_line = 0.0
+        self._start: tuple[float, int] | None = None  # time in seconds and `done` at the first call
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
         """Show that `done` of `total` units are finished. Also show `figures`, which maps names to values."""
+        now = time.monotonic()
+        self._start = self._start or (now, done)
         if sys.stderr.isatty():
             self._draw(done, total, figures)
-        elif time.monotonic() >= self._next_line or done == total:
-            self._next_line = time.monotonic() + 15
+        elif now >= self._next_line or done == total:
+            self._next_line = now + 15
             amount = f"{done:,} of {total:,}" if total else f"{done:,}"  # 0: unknown total
             extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
+            start, first = self._start
+            if first < done < total:
+                seconds = round((now - start) / (done - first) * (total - done))
+                extra += f", left {seconds // 60}:{seconds % 60:02d}"
             report(f"{self.name}: {amount} {self.unit}{extra}")
+        if done == total:
+            self._start = None
 
     def _draw(self, done: int, total: int, figures: Mapping[str, str] | None) -> None:
         if self._bar is None:

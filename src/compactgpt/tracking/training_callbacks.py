@@ -41,7 +41,7 @@ class TrainingCallbacks:
         expected = expected_loss(self.params)
         # This loss is from only some windows of the val split, so the loss in the stage `evaluation` differs.
         self.val_loss = f"val loss of {self.params.training.eval_windows} windows"
-        self.figures = dict.fromkeys(("train loss", self.val_loss, "tokens/s", "left"), "-")
+        self.figures = dict.fromkeys(("train loss", self.val_loss, "tokens/s"), "-")
         # Do not show the predicted loss for a user's own text: no run has tested the prediction on such text.
         if self.params.download.corpus != "files":
             self.figures["expected final val loss"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
@@ -64,8 +64,7 @@ class TrainingCallbacks:
         if self.is_main_process and self.reported_at is not None:
             tokens_per_second = len(losses) * training.tokens_per_step / max(1e-9, now - self.reported_at)
             speed = {"train/tokens_per_second": tokens_per_second}
-            left = round((training.max_steps - losses[-1][0]) * training.tokens_per_step / tokens_per_second)
-            self.figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
+            self.figures["tokens/s"] = f"{tokens_per_second:,.0f}"
         self.reported_at, self.figures["train loss"] = now, f"{losses[-1][1]:.3f}"
         for step, loss in losses:
             rate = training.learning_rate * lr_multiplier(training, step - 1)
