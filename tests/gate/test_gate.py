@@ -142,7 +142,7 @@ def test_a_task_fails_by_more_lost_answers_than_tolerance_and_chance(lost, won, 
     [
         (
             {"fingerprint": {"val": "f" * 64, "window": 8}},
-            "val aaaaaaaaaaaa -> ffffffffffff",
+            "val aaaaaaaaaaaa -> ffffffffffff). Restore the old values",
         ),
         ({"documents": documents(29)}, "the reference has documents that are missing now"),
         ({"tasks": {"cloze": {"items_sha256": "d", "hits": "1100" * 25}}}, "the task's items changed"),
