@@ -38,6 +38,7 @@ def main(
         likelihood, encoding = settings.likelihood, load_encoding(Path("data/tokenizer"))
         split = scored_split(open_tokens(Path("data/tokens/val.tokens")), encoding, likelihood)
         train = Path("data/tokens/train.tokens")
+        stage.print_message("loading the model")
         model = load_baseline(name, params, encoding, train, state_folder())
         is_neural = isinstance(model, NeuralModel)
         progress = stage.progress("windows" if is_neural else "documents")

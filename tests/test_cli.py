@@ -139,7 +139,7 @@ def test_a_mistake_of_generate_or_evaluate_is_one_sentence(project, words, exit_
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [
-        ("generate x", 66, "`make repro` trains it"),
+        ("generate x", 66, "models/compact is missing: `make repro` in the repository folder"),
         ("export hf", 66, "dvc repro"),
         ("reproduce no-such-run", 78, ""),
         ("experiment list", 66, "run from the repository folder"),

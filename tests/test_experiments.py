@@ -1,6 +1,7 @@
 """Named experiments: every shipped file is valid, comments of params.yaml stay, a mistake changes nothing."""
 
 import re
+import subprocess
 
 import pytest
 from typer.testing import CliRunner
@@ -185,10 +186,30 @@ def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file
     assert done.exit_code == 0
     assert done.output.endswith(
         "our model, measured: loss 3.695, perplexity 40.23\nThe page: reports/index.html\n"
-        "next: compactgpt experiment record shakespeare\n"
+        "to keep the values: compactgpt experiment record shakespeare\n"
         "to undo: git checkout HEAD -- params.yaml dvc.lock reports; git clean -fdq reports; "
         "rm -rf data models; make repro\n"
     )
+
+
+def test_the_printed_undo_restores_files_that_are_not_in_a_commit(params_file, words_of_dvc, tmp_path):
+    """On another processor than the authors', the results of `make repro` differ from those of HEAD."""
+    report, lock = tmp_path / "reports/metrics.json", tmp_path / "dvc.lock"
+    lock.write_text("schema: '2.0'\n")
+    git(tmp_path, "add", "params.yaml", "dvc.lock", "reports")
+    git(tmp_path, "commit", "-q", "-m", "x")
+    own = {report: '{"loss": 3.7}', lock: "schema: '2.0' # mine\n", params_file: TEXT + "# mine\n"}
+    for path, text in own.items():
+        path.write_text(text)
+    done = CliRunner().invoke(app, ["experiment", "apply", "note"])
+    assert load_params(params_file).download.corpus == "hub"
+    for path in (report, lock):
+        path.write_text("of the other version")
+    (tmp_path / "reports/other.json").touch()
+    undo = re.search(r"to undo: (.*); make repro\n", done.output)[1]
+    subprocess.run(undo, shell=True, check=True, cwd=tmp_path)
+    assert {path: path.read_text() for path in own} == own
+    assert not (tmp_path / "reports/other.json").exists()
 
 
 def test_gpt2_without_the_hub_runs_from_local_copies_that_the_error_asks_for(

@@ -49,7 +49,7 @@ def project(tmp_path, monkeypatch):
     # The speed at which a step of the demo takes so long.
     params = load_params(PARAMS)
     minutes = init_corpus.training_minutes(params, 1.0) / params.training.max_steps
-    monkeypatch.setattr(init_corpus, "measure_flops", lambda: minutes * 60 / SECONDS_OF_STEP)
+    monkeypatch.setattr(init_corpus, "measure_speed", lambda params: minutes * 60 / SECONDS_OF_STEP)
     return folder
 
 

@@ -176,7 +176,7 @@ def load(model: str | Path = MODEL, *, params_file: str | Path = "params.yaml") 
     if folder.is_dir():
         return _load_folder(name, folder)
     if name == MODEL:
-        raise MissingInput(f"there is no model in {MODEL} yet: `make repro` trains it")
+        raise MissingInput(f"{MODEL} is missing: `make repro` in the repository folder trains this model")
     params = config.load_params(Path(params_file)) if Path(params_file).exists() else None
     known = sorted(params.baseline.specs) if params else []
     if params is None or name not in known:

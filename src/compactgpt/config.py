@@ -453,7 +453,6 @@ class Anchor(Run):
 class Estimate(Section):
     note: NoteRun
     corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)  # data set -> its number of tokens
-    utilisation_of_products: PositiveShare = 0.6  # training speed divided by the speed of matrix products
     machines: Annotated[dict[Name, Machine], Field(min_length=1)]
     anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]  # finished runs with a known loss
 

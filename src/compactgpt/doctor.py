@@ -14,7 +14,8 @@ from compactgpt.common.storage import read_json
 from compactgpt.config import BaselineSpec, Folder, Gguf, Hub, Params, load_params
 from compactgpt.data.hub import cached_model
 from compactgpt.experiments import configurations
-from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
+from compactgpt.forecast.estimate import format_minutes
+from compactgpt.speed import measure_products, measure_speed, training_minutes
 from compactgpt.tracking import state_folder
 from compactgpt.tracking.journal import machine_facts, tracking_store
 
@@ -38,17 +39,15 @@ def examine(params_file: Path) -> dict[str, Any]:
     params = load_params(params_file)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     hub = "not asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _ask(endpoint)
-    speed = measure_flops()
-    minutes: dict[str, Any] = {"make repro": _minutes([params], speed)}
+    minutes: dict[str, Any] = {"make repro": _minutes([params])}
     for name in EXPERIMENTS:
         try:
-            minutes[f"experiment run {name}"] = _minutes(configurations(name, params_file), speed)
+            minutes[f"experiment run {name}"] = _minutes(configurations(name, params_file))
         except UserError as error:
             minutes[f"experiment run {name}"] = " ".join(str(error).split())
     return {
         "machine": _hardware()
         | {
-            "speed": f"{speed / 1e9:.0f} GFLOP/s in matrix products, measured now",
             "hub": f"{endpoint}: {hub}",
             "MLflow": _mlflow(),
         },
@@ -67,7 +66,7 @@ def format_report(found: Mapping[str, Any]) -> str:
     groups = {
         "this machine": found["machine"],
         "models that baseline.names in params.yaml may list": found["baselines"],
-        "estimated time without a GPU, at the speed above": times,
+        "estimated time on this machine, from speeds that were measured just now": times,
     }
     lines = []
     for title, rows in groups.items():
@@ -129,18 +128,18 @@ def _need(spec: BaselineSpec, hub_answers: bool) -> str:
     return "ready"
 
 
-def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
+def _minutes(runs: Sequence[Params]) -> dict[str, float]:
     """Return the estimated minutes of all trainings together, and of each neural baseline's evaluation.
 
     The keys of the result are "training" and the names of these baselines. `runs` has the settings of each
-    training. `speed` is in floating-point operations per second.
+    training.
     """
-    params = runs[0]
+    params, speed = runs[0], measure_speed(runs[0])
     parts = {"training": sum(training_minutes(each, speed) for each in runs)}
     for name in params.baseline.names:
         if size := _num_params(name, params):
             flops = 2 * size * _evaluated_tokens(params)  # two operations per parameter and token
-            parts[name] = flops / (speed * params.estimate.utilisation_of_products) / 60
+            parts[name] = flops / measure_products() / 60
     return parts
 
 

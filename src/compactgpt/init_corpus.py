@@ -24,7 +24,8 @@ from compactgpt.data.documents import MEGABYTE, new_document
 from compactgpt.data.text_files import FOLDER, file_kind, list_files, read_file
 from compactgpt.data.validation import document_row
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
-from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
+from compactgpt.forecast.estimate import format_minutes
+from compactgpt.speed import measure_speed, training_minutes
 
 SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
 # Bytes of text per GPT-2 token. Measured: 3.1 to 5.3 for ASCII text;
@@ -252,7 +253,7 @@ def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> di
 
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
     """Return proposed values of the section `training`, and a message about the training time."""
-    step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
+    step_minutes = training_minutes(params, measure_speed(params)) / params.training.max_steps
     steps_per_epoch = tokens / params.training.tokens_per_step
     found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * steps_per_epoch)
     steps = max(10, int(float(f"{found:.2g}")))

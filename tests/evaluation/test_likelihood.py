@@ -201,7 +201,9 @@ def test_sums_are_read_back(tmp_path):
 
 def test_damaged_and_missing_sums_are_refused_and_earlier_ones_read(tmp_path):
     path = tmp_path / "x.parquet"
-    with pytest.raises(MissingInput, match=r"x\.parquet is missing: run `dvc repro` to make it$"):
+    with pytest.raises(
+        MissingInput, match=r"x\.parquet is missing: run `dvc repro` in the repository folder$"
+    ):
         read_totals(path)
     damaged = f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"
     for name in ("id", "nats"):

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.experiments import load_changed_params
-from compactgpt.forecast import estimate as module
-from compactgpt.forecast.estimate import announce_times, estimate, format_estimate
+from compactgpt.forecast.estimate import estimate, format_estimate
 from compactgpt.forecast.scaling_laws import expect_loss, run_of
 from compactgpt.forecast.sweep import read_sweep
 from stages.estimate import app as stage
@@ -89,15 +88,3 @@ def test_the_command_loads_no_torch_and_takes_two_seconds_of_processor_at_most()
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=plain, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set() True\n"
-
-
-def test_the_times_of_training_and_of_each_neural_baseline_are_announced(monkeypatch):
-    monkeypatch.setattr(module, "MEASUREMENTS", 1)
-    assert 1e8 < module.measure_flops() < 1e14
-    monkeypatch.setattr(module, "measure_flops", lambda: 1e11)
-    training, baseline = announce_times([PARAMS])
-    speed = 1e11 * PARAMS.estimate.utilisation_of_products
-    minutes = estimate(PARAMS)["compact"]["flops"]["with_attention"] / speed / 60
-    assert training.startswith(f"training: about {minutes:.3g} min at this machine's speed")
-    assert baseline.startswith("baseline smollm2-135m-instruct-q4: scores the val split too")
-    assert f"about {2 * minutes:.3g} min" in announce_times([PARAMS, PARAMS])[0]

@@ -121,7 +121,8 @@ def _show_in_columns(prompt: str, models: "list[Model]", streams: list[Iterator[
     from rich.text import Text  # in a plain string, rich would read square brackets as markup
 
     table = Table(*(Column(Text(one.name)) for one in models), show_lines=True, expand=True)
-    samples = [["".join(pieces) for pieces in zip(*stream, strict=True)] for stream in streams]
+    with Console(stderr=True).status("generating ..."):
+        samples = [["".join(pieces) for pieces in zip(*stream, strict=True)] for stream in streams]
     for row in zip(*samples, strict=True):
         table.add_row(*(Text(printable(text, keep="\n\t")) for text in row))
     echo(prompt)

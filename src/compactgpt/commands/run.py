@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +59,7 @@ def init_corpus(
     """
     from compactgpt.init_corpus import apply_plan, plan_corpus
 
+    before = _current_version()
     plan = plan_corpus(paths, PARAMS, minutes)
     echo("\n".join([*plan.found, *(plan.changes or [f"{PARAMS} has these values already"])]))
     if not yes and not (sys.stdin.isatty() and typer.confirm("Apply these values?")):
@@ -69,21 +69,23 @@ def init_corpus(
     copies = [f"{target}.dvc" for _, _, target, *_ in plan.additions]
     added = shlex.join(copies)
     # `dvc add` stages a .dvc file in git, and `dvc remove` does not unstage it.
-    _show_next(f"; dvc remove --outs {added}; git reset -q -- {added}" if copies else "")
+    remove = f"; dvc remove --outs {added}; git reset -q -- {added}" if copies else ""
+    echo(f"next: make repro\n{_undo(before, remove)}")
 
 
-def _show_next(more_undo: str = "") -> None:
-    """Print the next command to run, and the commands of an undo; `more_undo` has some of these commands."""
-    with suppress(UserError):  # git_text raises UserError outside a git repository
-        if git_text(Path(), "status", "--porcelain", LOCK):
-            echo(f"your last results are not in git; to keep them: git commit -m results {LOCK} reports")
-    echo(f"next: make repro\n{_undo(more_undo)}")
+def _current_version() -> str:
+    """Return a git commit that has the tracked files as they are now, without changing branch or files."""
+    try:
+        # The commit is on no branch, and git deletes it some weeks later. "": nothing differs from HEAD.
+        return git_text(Path(), "stash", "create")[:12] or "HEAD"
+    except UserError:  # for example, there is no git repository
+        return "HEAD"
 
 
-def _undo(more: str = "") -> str:
+def _undo(version: str, more: str = "") -> str:
     # Without the commands `git clean` and `rm`, files that only the other version has would stay: reports of
     # its baselines, Data Docs. `make repro` restores data/ and models/ from DVC's cache.
-    restore = f"git checkout HEAD -- {PARAMS} {LOCK} reports; git clean -fdq reports; rm -rf data models"
+    restore = f"git checkout {version} -- {PARAMS} {LOCK} reports; git clean -fdq reports; rm -rf data models"
     return f"to undo: {restore}{more}; make repro"
 
 
@@ -134,9 +136,10 @@ def apply_experiment(name: ExperimentName, settings: Settings = None) -> None:
     """
     from compactgpt import experiments
 
+    before = _current_version()
     changes = experiments.apply(name, PARAMS, settings or [])
     echo("\n".join(changes) or f"{PARAMS} has these values already")
-    _show_next()
+    echo(f"next: make repro\n{_undo(before)}")
 
 
 @experiment.command("run")
@@ -149,7 +152,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
     """
     from compactgpt import experiments
     from compactgpt.data.hub import check_sources
-    from compactgpt.forecast.estimate import announce_times
+    from compactgpt.speed import announce_times
 
     runs = experiments.configurations(name, PARAMS, settings or [])
     if experiments.find_experiment(name).sweep:
@@ -158,10 +161,13 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
         return
     check_sources(runs[0])
     echo("\n".join(announce_times(runs)))
+    before = _current_version()
     experiments.run(name, PARAMS, settings or [])
     metrics = read_json(Path("reports/metrics.json"))
     echo("our model, measured: loss {loss:.3f}, perplexity {perplexity:.2f}".format(**metrics))
-    echo(f"The page: reports/index.html\nnext: compactgpt experiment record {name}\n{_undo()}")
+    echo("The page: reports/index.html")
+    echo(f"to keep the values: compactgpt experiment record {name}")
+    echo(_undo(before))
 
 
 def _run_sweep(name: str, settings: list[str], num_threads: int) -> None:
@@ -186,7 +192,10 @@ def record_experiment(name: ExperimentName) -> None:
     from compactgpt.reporting.results import record_result
 
     path = record_result(name)
-    echo(f"{path}: commit the file; next: `dvc repro comparison` judges the claims that name {name}")
+    echo(
+        f"{path}: commit the file, or delete it to undo; next: `dvc repro comparison` adds its values to the "
+        f"reports, and judges the claims that name {name}"
+    )
 
 
 @experiment.command("fit")

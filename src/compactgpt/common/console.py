@@ -65,7 +65,10 @@ class ProgressBar:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=printable(self.name), unit=f" {self.unit}", unit_scale=True)
+            is_large = total == 0 or total >= 10**6  # show 20.1M, but 1000 rather than 1.00k
+            self._bar = tqdm(
+                total=total, desc=printable(self.name), unit=f" {self.unit}", unit_scale=is_large
+            )
         self._bar.total = total
         if figures:
             self._bar.set_postfix(figures, refresh=False)

@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes(), parse_constant=refuse)
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run `dvc repro` to create it") from error
+        raise MissingInput(f"{path} is missing: run `dvc repro` in the repository folder") from error
     except (ValueError, RecursionError) as error:
         raise BadData(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from error
 

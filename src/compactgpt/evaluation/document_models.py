@@ -62,20 +62,21 @@ def make_compressor(
 
     The dictionary of zstd is the first `train_megabytes` MB of the train split.
     """
-    context = "the earlier text of the document"
-    if spec.train_megabytes:
-        context += f", and {spec.train_megabytes} MB of the train split"
     known = bytearray()
     for document in range(train.header.documents):
         if len(known) >= spec.train_megabytes * 10**6:
             break
         known += document_text(train, encoding, document) + b"\n"
+    del known[spec.train_megabytes * 10**6 :]
+    context = "the earlier text of the document"
+    if known:
+        context += f", and {len(known) / 10**6:.3g} MB of the train split"
     compress: Callable[[bytes], bytes]
     if spec.codec == "xz":
         chain = [{"id": lzma.FILTER_LZMA2, "preset": spec.level | lzma.PRESET_EXTREME}]
         compress = partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)  # without a file header
     else:
-        compress = _zstd(spec.level, bytes(known[: spec.train_megabytes * 10**6]))
+        compress = _zstd(spec.level, bytes(known))
 
     def document_nats(split: TokenFile, document: int) -> float:
         return 8 * math.log(2) * len(compress(document_text(split, encoding, document)))

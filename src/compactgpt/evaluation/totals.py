@@ -131,6 +131,6 @@ def read_totals(path: Path) -> Totals:
         views = {name.removeprefix(_VIEW): columns.pop(name) for name in [*columns] if name.startswith(_VIEW)}
         return Totals(ids, views=views, **columns)
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
+        raise MissingInput(f"{path} is missing: run `dvc repro` in the repository folder") from error
     except (pyarrow.ArrowException, OSError, KeyError, TypeError) as error:
         raise BadData(f"{path} is damaged: delete it and run `dvc repro`") from error

@@ -2,8 +2,7 @@
 
 import math
 import textwrap
-import timeit
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +16,6 @@ ADAM_MOMENTS = 2
 # For the backward pass, a block keeps 16 vectors of n_embd numbers for each token: 4 for the layer norms;
 # 3 for queries, keys and values; 1 for the attention output; 8 for GELU.
 KEPT_WIDTHS = 16
-MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
-MEASUREMENTS = 10  # number of timed matrix products; the shortest time counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
@@ -133,42 +130,6 @@ def estimate_run(
         },
         "expected_loss": _expected_loss(model, training, optimizer, settings).model_dump(),
     }
-
-
-def measure_flops() -> float:
-    """Return the speed of this machine in FLOP/s, measured on float32 matrix products (numpy's BLAS)."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    a, b = (generator.standard_normal((MATRIX_SIZE, MATRIX_SIZE), np.float32) for _ in range(2))
-    product = a @ b
-    seconds = timeit.repeat(lambda: np.matmul(a, b, out=product), number=1, repeat=MEASUREMENTS)
-    return 2 * MATRIX_SIZE**3 / min(seconds)
-
-
-def training_minutes(params: Params, speed: float) -> float:
-    """Return the minutes of training on a machine that computes matrix products at `speed` FLOP/s."""
-    tokens = run_of(params.model, params.training).tokens
-    flops = flops_per_token(params.model, params.training)["with_attention"] * tokens
-    return flops / (speed * params.estimate.utilisation_of_products) / 60
-
-
-def announce_times(runs: Sequence[Params]) -> list[str]:
-    """Return messages about the time of the training and of slow baselines."""
-    speed = measure_flops()
-    minutes = sum(training_minutes(params, speed) for params in runs)
-    baseline = runs[0].baseline
-    # Baselines of these kinds can take minutes or hours; the others take seconds.
-    slow = [name for name in baseline.names if baseline.specs[name].kind in ("gguf", "folder", "hub")]
-    return [
-        f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
-        "bar shows a better estimate after the first steps",
-        *(
-            f"baseline {name}: scores the val split too, and may take as long as the training; "
-            "to leave it out, remove it from baseline.names"
-            for name in slow
-        ),
-    ]
 
 
 def format_minutes(minutes: float) -> str:

@@ -169,7 +169,7 @@ def _read_version(name: str, version: Place, totals: Path) -> Snapshot:
     def report(path: str, schema: type[Any]) -> Any:
         content = version.read(path)
         if content is None:
-            raise MissingInput(f"{name}: {path} is missing: run `dvc repro` to make it")
+            raise MissingInput(f"{name}: {path} is missing: run `dvc repro` in the repository folder")
         return parse_report(content, f"{name}: {path}", schema)
 
     evaluation: Score = report("reports/evaluation.json", Score)
@@ -273,6 +273,6 @@ def promote(root: Path, reason: str = "") -> str:
 
     path = root / MODEL / "model.safetensors"
     if not path.exists():
-        raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
+        raise MissingInput(f"{path} is missing: run `dvc repro` in the repository folder")
     with store_errors("MLFLOW_TRACKING_URI"):
         return registry.promote(open_store(root), sha256_file(path), reason)

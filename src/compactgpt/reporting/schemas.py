@@ -25,7 +25,7 @@ from compactgpt.reporting.small_scale import find_directions
 
 # Name of the experiment that trains the model of `demo` on the same tokens, but with nanoGPT's recipe.
 RECIPE = "nanogpt-recipe"
-RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), on as many tokens as the demo"
+RECIPE_LABEL = "nanoGPT's recipe (AdamW, full softmax, cosine), on as many tokens as the demo; an earlier run"
 
 
 class Report(BaseModel):
@@ -275,7 +275,7 @@ def read_report(path: Path, kind: type[Kind]) -> Kind:
     try:
         return parse_report(path.read_bytes(), str(path), kind)
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run `dvc repro` to create it") from error
+        raise MissingInput(f"{path} is missing: run `dvc repro` in the repository folder") from error
 
 
 def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
@@ -302,7 +302,7 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
             rows = list(csv.DictReader(file))
         return [{key: float(row[key]) if row[key] else None for key in keys} for row in rows]
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run `dvc repro training` to create it") from error
+        raise MissingInput(f"{path} is missing: run `dvc repro training` in the repository folder") from error
     except (KeyError, ValueError) as error:
         raise BadData(f"{path} is not a loss curve ({error}): delete it and run `dvc repro`") from error
 

@@ -132,7 +132,11 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, I
     for model in (name for name in first if name in second):
         old, new = first[model], second[model]
         if old is None or new is None:
-            unpaired.append(f"{model}: no ratio, because DVC's cache lacks the losses per document of A or B")
+            lacking = [version.name for version, losses in ((a, old), (b, new)) if losses is None]
+            unpaired.append(
+                f"{model}: no ratio, because DVC's cache lacks the losses per document of "
+                f"{' and '.join(lacking)}: run `dvc pull`, or compare versions that ran in this folder"
+            )
         elif old.ids != new.ids or list(old.tokens) != list(new.tokens):
             unpaired.append(f"{model}: no ratio, because the documents of the val split differ")
         else:

@@ -188,7 +188,7 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
     width = max(map(len, commands), default=0)
     names = ", ".join(line.split()[-1] for line in changed) or "none"
     lines = [
-        f"{version.name} runs code with your rights. This code is not in the history of your current commit:",
+        f"{version.name} is not a commit in the history of HEAD. It runs this code with your rights:",
         "  commit   " + git_text(root, "show", "-s", "--format=%h by %an <%ae>, %as: %s", version.commit),
         f"  changes  {names} (uncommitted, saved with the run)",
         *(f"  {stage:{width}}  {command}" for stage, command in commands.items()),
