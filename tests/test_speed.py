@@ -4,8 +4,10 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from compactgpt import speed
+from compactgpt.common.errors import OutOfMemory
 from compactgpt.experiments import load_changed_params
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.model_size import flops_per_token
@@ -34,6 +36,15 @@ def test_the_speed_is_that_of_training_steps_without_the_first(monkeypatch, tmp_
     flops = flops_per_token(params.model, params.training)["with_attention"]
     assert found == pytest.approx(3 * tokens * flops)  # three steps in one second
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_a_sentence_before_the_run_starts(monkeypatch):
+    def fail(_trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("compactgpt.training.trainer.Trainer.make_step", fail)
+    with pytest.raises(OutOfMemory, match=r"^out of memory: halve training\.micro_batch_size"):
+        speed.measure_speed(load_changed_params(ROOT / "params.yaml", SMALL))
 
 
 def test_the_speed_of_matrix_products_is_that_of_a_processor():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compactgpt.common.device import prepare_process, resolve_device
-from compactgpt.config import Params
+from compactgpt.config import SCRATCH, Params
 from compactgpt.forecast.estimate import format_minutes
 from compactgpt.forecast.model_size import flops_per_token
 from compactgpt.forecast.scaling_laws import run_of
@@ -20,18 +20,20 @@ def measure_speed(params: Params) -> float:
     """Return the training speed of this machine in FLOP/s.
 
     Makes training steps with the model and the optimizer of `params`, on random tokens. Writes no file.
+    Raises OutOfMemory if a step needs too much memory.
     """
     prepare_process(params.runtime.num_threads)  # before the imports below, because torch reads its settings
     import numpy as np
 
     from compactgpt.data.token_files import pack_documents
     from compactgpt.training.distributed import init_process_group
-    from compactgpt.training.trainer import Splits, Trainer
+    from compactgpt.training.trainer import Splits, Trainer, memory_errors
 
     device = resolve_device("auto")
     training, block_size = params.training, params.model.block_size
     micro_batch_size = training.micro_batch_size
-    changes: dict[str, object] = {"compile": False}  # to compile the model would take longer than the steps
+    # To compile the model would take longer than the steps.
+    changes: dict[str, object] = {"compile": False, "init_from": SCRATCH}
     if device == "cpu":
         micro_batch_size = max(1, min(micro_batch_size, CPU_TOKENS // block_size))
         changes["dtype"] = "float32"
@@ -47,7 +49,7 @@ def measure_speed(params: Params) -> float:
     tokens = (params.model.vocab_size * uniform**4).astype(np.int64)
     vocabulary = {"vocab_size": params.model.vocab_size, "eot_token": 0}
     split = pack_documents(Path(), [(bytes(16), len(tokens), tokens)], tokenizer_sha256="", **vocabulary)
-    with init_process_group(training.launcher, device) as group:
+    with init_process_group(training.launcher, device) as group, memory_errors():
         trainer = Trainer(params, Splits(split, split, ""), Path(), group)
         trainer.make_step()  # not timed, because the first step allocates memory
         trainer.read_losses()

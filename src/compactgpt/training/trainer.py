@@ -118,7 +118,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
     Raises NotFinite for a loss or gradient that is NaN or infinite.
     """
     device, max_steps = resolve_device(params.runtime.device), params.training.max_steps
-    with init_process_group(params.training.launcher, device) as group, _memory_errors():
+    with init_process_group(params.training.launcher, device) as group, memory_errors():
         trainer = Trainer(params, splits, folder, group)
         resumed_from = trainer.resume(callbacks)
         while trainer.step < max_steps:
@@ -355,7 +355,7 @@ class Trainer:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Raise OutOfMemory, which names the settings to lower, when memory runs out."""
     try:
         yield
