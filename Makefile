@@ -55,7 +55,7 @@ repository:
 
 repro: repository $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@compactgpt repair
-	@compactgpt check > /dev/null
+	@compactgpt check
 	@# Restores deleted outputs from the cache. Otherwise DVC would run their stages again: its run cache has no stages
 	@# with outputs outside of the cache. Errors are left to `dvc repro`, which reports them, too.
 	@dvc checkout -q --allow-missing < /dev/null 2> /dev/null || true

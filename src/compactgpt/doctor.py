@@ -32,17 +32,17 @@ def examine(params_file: Path) -> dict[str, Any]:
     The result has three keys.
     `machine`: name of a property, such as `speed` or `hub` -> description.
     `baselines`: name of a baseline -> what the baseline still needs.
-    `minutes`: command -> estimated minutes (see `_minutes`), or an error message.
+    `minutes`: command -> estimated minutes (see `estimate_minutes`), or an error message.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     params = load_params(params_file)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     hub = "not asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _ask(endpoint)
-    minutes: dict[str, Any] = {"make repro": _minutes([params])}
+    minutes: dict[str, Any] = {"make repro": estimate_minutes([params])}
     for name in EXPERIMENTS:
         try:
-            minutes[f"experiment run {name}"] = _minutes(configurations(name, params_file))
+            minutes[f"experiment run {name}"] = estimate_minutes(configurations(name, params_file))
         except UserError as error:
             minutes[f"experiment run {name}"] = " ".join(str(error).split())
     return {
@@ -61,8 +61,7 @@ def format_report(found: Mapping[str, Any]) -> str:
     times = dict(found["minutes"])
     for command, parts in times.items():
         if not isinstance(parts, str):
-            detail = ", ".join(f"{name} {format_minutes(minutes)}" for name, minutes in parts.items())
-            times[command] = f"about {format_minutes(sum(parts.values()))} ({detail})"
+            times[command] = format_time(parts)
     groups = {
         "this machine": found["machine"],
         "models that baseline.names in params.yaml may list": found["baselines"],
@@ -72,6 +71,12 @@ def format_report(found: Mapping[str, Any]) -> str:
     for title, rows in groups.items():
         lines += [title, *(f"  {name:<24}  {text}" for name, text in rows.items())]
     return "\n".join(lines)
+
+
+def format_time(parts: Mapping[str, float]) -> str:
+    """Return the result of `estimate_minutes` as text."""
+    detail = ", ".join(f"{name} {format_minutes(minutes)}" for name, minutes in parts.items())
+    return f"about {format_minutes(sum(parts.values()))} ({detail})"
 
 
 def _ask(address: str) -> str:
@@ -128,7 +133,7 @@ def _need(spec: BaselineSpec, hub_answers: bool) -> str:
     return "ready"
 
 
-def _minutes(runs: Sequence[Params]) -> dict[str, float]:
+def estimate_minutes(runs: Sequence[Params]) -> dict[str, float]:
     """Return the estimated minutes of all trainings together, and of each neural baseline's evaluation.
 
     The keys of the result are "training" and the names of these baselines. `runs` has the settings of each

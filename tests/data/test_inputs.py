@@ -137,9 +137,16 @@ def test_a_file_that_dvc_can_not_read_is_refused(corpus, message, make):
             check()
 
 
-def test_the_command_checks_before_dvc_hashes(corpus):
+def test_the_command_checks_before_dvc_hashes_and_estimates_the_time_of_the_first_run(corpus, monkeypatch):
+    monkeypatch.setattr("compactgpt.doctor.measure_speed", lambda params: 1e11)
+    ready = "params.yaml is valid, and DVC can read every dependency\n"
     done = CliRunner().invoke(app, ["check"])
-    assert (done.exit_code, done.output) == (0, "params.yaml is valid, and DVC can read every dependency\n")
+    time = r"time: about [\d.]+ min \(training [\d.]+ min\b.*\), and a minute or two for the other stages\n"
+    assert done.exit_code == 0
+    assert re.fullmatch(re.escape(ready) + time, done.output)
+    Path(".state/seconds").mkdir(parents=True)
+    done = CliRunner().invoke(app, ["check"])
+    assert (done.exit_code, done.output) == (0, ready)
     os.mkfifo(corpus / "odd.txt")
     done = CliRunner().invoke(app, ["check"])
     assert done.exit_code == BadData.exit_code

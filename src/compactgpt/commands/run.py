@@ -212,13 +212,21 @@ def fit_experiment(name: ExperimentName = "ladder") -> None:
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
 def check() -> None:
-    """Check that params.yaml is valid, and that DVC can read every dependency."""
+    """Check that params.yaml is valid, and that DVC can read every dependency.
+
+    Before the first run, also estimates the time of the run.
+    """
     from compactgpt.config import load_params
     from compactgpt.data.inputs import check_dependencies
+    from compactgpt.tracking import state_folder
 
-    load_params(PARAMS)
+    params = load_params(PARAMS)
     check_dependencies(Path())
     echo("params.yaml is valid, and DVC can read every dependency")
+    if not (state_folder() / "seconds").exists():  # the durations of finished stages, which later runs print
+        from compactgpt.doctor import estimate_minutes, format_time
+
+        echo(f"time: {format_time(estimate_minutes([params]))}, and a minute or two for the other stages")
 
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
