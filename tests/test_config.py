@@ -29,6 +29,7 @@ def params_with(*settings: str) -> Params:
         ("model.zzz=1", "model.zzz: unknown key; allowed: bias, block_size, dropout"),
         ('training.max_steps="800"', 'training.max_steps: found "800"; input should be a valid integer'),
         ("training.max_steps=0", "training.max_steps: found 0; input should be greater than 0"),
+        ("validation.max_rows=999", "validation.max_rows: found 999; input should be greater than or equal"),
         ("training.max_steps.x=1", "training.max_steps: Input should be a valid integer"),
         ("training.optimizer=sgd", "training.optimizer: found \"sgd\"; input should be 'adamw' or 'muon'"),
         ("model=[]", "model: Input should be an object"),
@@ -92,10 +93,30 @@ def test_a_file_that_is_not_a_params_yaml_is_refused_in_one_message(tmp_path, co
         load_params(path)
 
 
-def test_the_home_folder_is_expanded_and_params_are_frozen_and_survive_a_round_trip(monkeypatch):
+NO_START = ("training.init_unigram=0.0", "training.init_positions=0.0")  # required with init_from
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("download.hub.mirror=~/a",),
+        ("download.hub.sets.tiny-shakespeare.file=~/a",),
+        ("training.init_from=~/a", f"training.init_sha256={'a' * 64}", *NO_START),
+        (f"evaluation.tasks.lambada={{path: ~/a, sha256: {'a' * 64}}}",),
+        (f"evaluation.tasks.lambada_original={{path: ~/a, sha256: {'a' * 64}}}",),
+        (f"evaluation.tasks.wikitext.mine={{path: ~/a, sha256: {'a' * 64}}}",),
+        ("baseline.specs.mine={kind: folder, path: ~/a}",),
+    ],
+)
+def test_the_home_folder_is_expanded_in_each_setting_that_is_a_path(monkeypatch, settings):
     monkeypatch.setenv("HOME", "/home/me")
-    params = params_with("baseline.specs.mine={kind: folder, path: ~/a}")
-    assert params.baseline.specs["mine"].path == "/home/me/a"
+    found = params_with(*settings).model_dump_json()
+    assert '"/home/me/a"' in found
+    assert "~" not in found
+
+
+def test_params_are_frozen_and_survive_a_round_trip():
+    params = params_with()
     with pytest.raises(ValueError, match="frozen"):
         params.training.max_steps = 5
     assert Params.model_validate_json(params.model_dump_json()) == params

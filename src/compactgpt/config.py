@@ -158,7 +158,7 @@ class Validation(Section):
     max_replacement_share: Share  # share of U+FFFD in one document
     min_unique_share: Share  # share of documents that equal no other document
     mostly: Share  # share of documents that must meet a limit on one document, such as min_characters
-    # If there are more documents, a sample of about this many is checked. ge=1000 prevents an empty sample.
+    # If there are more documents, a sample of about this many is checked. A small sample could be empty.
     max_rows: Annotated[int, Field(ge=1000)]
 
 

@@ -240,6 +240,17 @@ def test_the_report_does_not_depend_on_the_workers(tmp_path, monkeypatch):
 # --- the stage
 
 
+def test_the_stage_says_that_hardly_anything_was_compared(tmp_path, monkeypatch):
+    texts = random_texts(40, words=12)
+    write_inputs(tmp_path / "data", texts[:36], texts[36:])
+    (tmp_path / "params.yaml").write_text(json.dumps(TREE | {"inspection": SECTION}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    done = CliRunner().invoke(app, ["--tracker", "none"])
+    assert done.exit_code == 0, done.output
+    assert "inspection: 4 of 4 val documents have fewer than 13 words: " in done.output
+
+
 def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp_path, monkeypatch):
     section = TREE["inspection"] | {"min_val_documents": 5}
     (tmp_path / "params.yaml").write_text(json.dumps(TREE | {"inspection": section}))  # JSON is YAML

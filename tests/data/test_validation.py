@@ -2,17 +2,19 @@
 
 import json
 import re
+from itertools import count
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import CheckFailed
-from compactgpt.common.storage import atomic_folder
+from compactgpt.common.errors import BadConfig, CheckFailed
+from compactgpt.common.storage import atomic_folder, write_text
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, new_document, write_shards
-from compactgpt.data.validation import corpus_expectations, document_row, require_success, validate
+from compactgpt.data.validation import document_row, require_success, validate
 from stages.validation import app
+from tests.support.corpora import download_params, write_corpus
 from tests.support.data_docs import compiled_once  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -119,10 +121,40 @@ def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_tw
     assert 0.4 < twins["unexpected"] / report["rows"] < 0.6
 
 
-@pytest.mark.parametrize(("documents", "advice"), [(1, "the corpus is one file: set"), (5, "add text, or")])
-def test_for_a_corpus_of_one_file_the_advice_is_to_cut_it(documents, advice):
-    expectations = corpus_expectations(BOUNDS, {"corpus": "files", "documents": documents})
-    assert expectations[0].meta["advice"].startswith(advice)
+def test_a_sample_without_documents_is_one_message(tmp_path):
+    texts = (f"Some words of document number {n} here." for n in count())
+    text = next(each for each in texts if document_row(new_document(each, ""))["normalised"] > "f")
+    copies = [new_document(text + " " * n, "copy") for n in range(1200)]
+    bounds = BOUNDS.model_copy(update={"max_characters": 2000})
+    with pytest.raises(BadConfig, match=r"sample of 1,200 documents is empty: .*\.max_rows to 1200, which"):
+        check(tmp_path, copies, bounds)
+    report = check(tmp_path, copies, bounds.model_copy(update={"max_rows": 1200}))
+    assert list(failures(report)) == [(UNIQUE, "normalised")]
+
+
+INIT_CORPUS = ", or run `compactgpt init-corpus corpus/`, which sets limits that fit"
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "advice"),
+    [
+        ({"a.txt": "A"}, 1, "if the corpus is one file, set download.files.split, otherwise add text"),
+        ({f"{n}.txt": "A" for n in range(30)}, 1, "left out by download: 29 duplicate; add text"),
+        ({"a.csv": 'text\nA\nA\n" "\n'}, 1, "left out by download: 1 duplicate, 1 empty; add text"),
+        ({"a.txt": "A", "b.txt": "B"}, 2, "add text"),
+    ],
+)
+def test_for_too_few_documents_the_message_has_what_was_left_out_and_what_to_do(
+    tmp_path, files, found, advice
+):
+    for name, content in files.items():
+        write_text(tmp_path / "corpus" / name, content)
+    write_corpus(tmp_path, download_params(corpus="files"))
+    report = validate(tmp_path / "documents", tmp_path / "docs", BOUNDS)
+    with pytest.raises(CheckFailed) as failed:
+        require_success(report, "the documents", "")
+    line = f"  documents: found {found}, expected at least 10; {advice}{INIT_CORPUS}\n"
+    assert line in str(failed.value)
 
 
 # --- the stage and Data Docs

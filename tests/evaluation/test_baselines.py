@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import sha256_file
+from compactgpt.config import Folder
+from compactgpt.data.hub import check_model_folder
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation import baselines, document_models
 from compactgpt.evaluation.baselines import OwnTokens, load_baseline, text_spans
@@ -208,6 +210,26 @@ def test_missing_damaged_and_other_files_of_a_folder_are_refused(tmp_path, load)
     config_file.write_text(config_file.read_text() + " ")
     with pytest.raises(BadConfig, match=rf"specs\.it\.sha256 is {sha256}, but the hash of .* is"):
         load(**spec, sha256=sha256)
+
+
+def test_a_changed_byte_in_any_file_of_a_folder_is_noticed(tmp_path):
+    folder = tmp_path / "gpt2"
+    save_gpt2(folder)
+    for name in ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"):
+        (folder / name).write_bytes(b"a file of a tokenizer of another kind")
+    spec = Folder(kind="folder", path=str(folder))
+    with pytest.raises(BadConfig) as refused:
+        check_model_folder("it", spec)
+    spec = spec.model_copy(update={"sha256": str(refused.value).split(" sha256: ")[1][:64]})
+    check_model_folder("it", spec)
+    names = {path.name for path in folder.iterdir()}
+    assert names > {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(BadConfig, match=rf"sha256 is {spec.sha256}, but the hash of .* is"):
+            check_model_folder("it", spec)
+        path.write_bytes(content)
 
 
 def test_a_vocabulary_is_gpt2s_only_with_its_bytes_at_its_ids(encoding):

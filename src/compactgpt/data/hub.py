@@ -108,7 +108,9 @@ def check_model_folder(name: str, spec: Folder) -> None:
     folder = Path(spec.path)
     if not folder.is_dir():
         raise MissingInput(f"{spec.path} is not a folder: correct baseline.specs.{name}.path")
-    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.txt")))
+    # A tokenizer is in .json and .txt files, or in a .model file (SentencePiece, tiktoken).
+    patterns = ("*.safetensors", "*.json", "*.txt", "*.model")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     hashes = [f"{path.name} {sha256_file(path)}" for path in files]
     found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     if found != spec.sha256:

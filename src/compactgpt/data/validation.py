@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compactgpt.common.console import Progress, silent
-from compactgpt.common.errors import CheckFailed
+from compactgpt.common.errors import BadConfig, CheckFailed
 from compactgpt.common.storage import atomic_folder, verified_manifest
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, read_row_group, row_groups
@@ -49,6 +49,7 @@ def validate(
     """Check the documents, write Data Docs into `docs`, and return the report.
 
     Data Docs show `corpus_name`. Of a large corpus, GX checks a sample of about `params.max_rows` documents.
+    Raises BadConfig if this sample is empty.
     """
     manifest = verified_manifest(documents)
     total = manifest["documents"]
@@ -67,6 +68,12 @@ def validate(
             if total <= params.max_rows or int(_normalised_hash(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
         progress(counts["documents"], total)
+    if not rows:
+        raise BadConfig(
+            f"validation.max_rows is {params.max_rows:,}, and the sample of {total:,} documents is empty: "
+            "too many of them are equal (case and white space are ignored). Remove copies, or set "
+            f"validation.max_rows to {total}, which checks all documents"
+        )
     counts["repeated_ids"] = counts["documents"] - len(np.unique(np.frombuffer(id_hashes, "S16")))
     corpus = {"id": "corpus", "source": "all documents", **counts}
     tables = [
@@ -132,12 +139,16 @@ def bound(
 
 def corpus_expectations(params: Validation, manifest: Mapping[str, Any]) -> list[Any]:
     """Return the expectations of the table `corpus`. `manifest` is the manifest of the documents' folder."""
+    numbers = manifest.get("left_out", {}).items()
+    left_out = ", ".join(f"{number:,} {reason}" for reason, number in numbers if number)
     more = "let download take more of the corpus"
     if manifest.get("corpus") == "files":
         more = "add text"
-        if manifest["documents"] == 1:
-            more = "the corpus is one file: set download.files.split"
+        if manifest["documents"] == 1 and not left_out:
+            more = "if the corpus is one file, set download.files.split, otherwise add text"
         more += ", or run `compactgpt init-corpus corpus/`, which sets limits that fit"
+    if left_out:
+        more = f"left out by download: {left_out}; {more}"
     least_bytes = round(params.min_total_megabytes * 1_000_000)
     return [
         bound("documents", "documents", more, least=params.min_documents),
