@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import tempfile
 from io import BytesIO
 from random import Random
@@ -203,6 +204,24 @@ def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(
     with pytest.raises(BadData, match=r"holds more than 16 MB decompressed .*max_decompression_ratio"):
         write_corpus(tmp_path, files(path.name))
     assert len(chunks) * text_files._CHUNK_BYTES <= 2**24
+
+
+@pytest.mark.parametrize("name", ["a b.txt.zst", "a.jsonl.zst", "a.parquet.zst"])
+def test_a_zstd_window_that_is_too_large_is_refused_with_the_command_that_converts_the_file(tmp_path, name):
+    content = {".jsonl": b'{"text": "words"}', ".parquet": parquet_bytes(["words"])}
+    plain = content.get(text_files.file_kind(name), b"words")
+    for window_log in (27, 28):
+        wide = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
+        stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+        (tmp_path / name).write_bytes(stream.compress(plain) + stream.flush())
+        if window_log == 27:
+            assert write_corpus(tmp_path, files(name))[0]["documents"] == 1
+    path = shlex.quote(f"{tmp_path / name}")
+    new = shlex.quote(f"{tmp_path / name}.new")
+    command = f"`zstd -dc --long=31 {path} | zstd -o {new} && mv {new} {path}`"
+    message = rf"{name} was compressed with .* \(such as `zstd --long=28`\).*: {re.escape(command)}"
+    with pytest.raises(BadData, match=message):
+        write_corpus(tmp_path, files(name))
 
 
 def test_decompressing_leaves_space_on_the_disk(tmp_path, monkeypatch):

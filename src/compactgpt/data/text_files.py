@@ -6,6 +6,7 @@ The module `splitting` cuts .txt and .md files into documents. In other files, e
 import csv
 import io
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob, has_magic
@@ -28,6 +29,7 @@ FOLDER = "corpus"  # the folder of the user's text
 _OWN_PAGE = "corpus/README.md"  # the project's page about the folder, which is not read
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_WINDOW_TOO_LARGE = "requires too much memory"  # part of libzstd's error message
 _ROWS = 16  # number of parquet rows that are read at a time; small, since a row may be long
 _CHUNK_BYTES = 2**20
 # `max_decompression_ratio` is checked only if the decompressed content is larger than this.
@@ -127,6 +129,13 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error with `errno` comes from the disk: the file may be undamaged
+        if _WINDOW_TOO_LARGE in str(error):
+            old, new = (printable(shlex.quote(f"{path}{end}")) for end in ("", ".new"))
+            raise BadData(
+                f"{shown} was compressed with a window over 128 MB (such as `zstd --long=28`): reading it "
+                "needs too much memory. Compress it again: "
+                f"`zstd -dc --long=31 {old} | zstd -o {new} && mv {new} {old}`"
+            ) from error
         problem = "is damaged, or was cut short, or is not of the kind that its name says"
         raise BadData(f"{shown} {problem} ({one_line(error)}): replace or remove the file") from error
 
