@@ -169,6 +169,25 @@ def test_text_that_dvc_ignores_is_not_read_and_named(tmp_path):
             write_corpus(tmp_path, files(pattern))
 
 
+def test_the_log_says_how_many_files_were_cut_and_where(tmp_path):
+    def logged(**changes):
+        messages = []
+        write_corpus(tmp_path, files("*.txt", "*.jsonl", **changes), log=messages.append)
+        return messages
+
+    speeches = [f"Speech {n} of the play.\n" for n in range(7222)]
+    (tmp_path / "rows.jsonl").write_text('"row one"\n"row two"\n')
+    (tmp_path / "input.txt").write_text("\n".join([*speeches, speeches[0]]))
+    every = "7,224 documents; left out: 1 duplicate"
+    assert logged(split="blank-lines") == ["input.txt: 1 file -> 7,222 documents by blank lines", every]
+    assert logged(split="none") == ["3 documents; left out: none"]
+    (tmp_path / "short.txt").write_text("Not cut.")
+    cut = r"input\.txt: 1 file -> 18\d documents by blank lines, of at least 1,000 characters"
+    assert re.fullmatch(cut, logged(split_over_characters=100)[0])
+    (tmp_path / "other.txt").write_text("Another\n\nplay.")
+    assert logged(split="blank-lines")[0] == "3 files -> 7,225 documents by blank lines"
+
+
 def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.jsonl").write_text("".join(f'"file {n} row {k}"\n' for k in range(3)))

@@ -52,9 +52,9 @@ def file_corpus(
     def read(position: Any) -> Iterator[Text]:
         first, done = position or (0, 0)  # index of the first file to read, number of texts to skip in it
         for number, (part, name) in enumerate(names[first:], first):
-            for index, (text, source, _) in enumerate(read_file(root, name, params), 1):
+            for index, (text, source, cut) in enumerate(read_file(root, name, params), 1):
                 if number > first or index > done:
-                    yield Text(text, source, part, [number, index])
+                    yield Text(text, source, part, [number, index], cut)
             progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
