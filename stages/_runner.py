@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,10 @@ class Stage:
             path = Path(scratch) / name
             path.write_text(content, encoding="utf-8")
             self.tracker.artifact(path, folder)
+
+    def ignored_files(self) -> Callable[[str], bool]:
+        """Return a function that takes a file's path, and returns whether DVC ignores the file."""
+        return dvc_files.ignored_files(Path())
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write `value` and the hash of the stage's parameters as a report. Log report and metrics."""

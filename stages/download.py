@@ -22,7 +22,8 @@ def main(tracker: TrackerName = "mlflow") -> None:
         # Download the small tokenizer first: if there is no network, the stage fails at once.
         tokenizer = download_tokenizer(params.tokenizer, Path("data/tokenizer"), state / "wheels")
         progress = stage.progress("texts" if params.corpus == "hub" else "files")
-        corpus = open_corpus(params, Path(), stage.params.runtime.num_workers, progress, log)
+        num_workers = stage.params.runtime.num_workers
+        corpus = open_corpus(params, Path(), num_workers, progress, log, stage.ignored_files())
         limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
         facts = collect(corpus, Path("data/documents"), limits, state=state / "download", log=log)
         report = {**facts, "name": params.corpus_name, "tokenizer": tokenizer}

@@ -19,6 +19,7 @@ from compactgpt.data.sources import Limits, collect
 from compactgpt.data.text_files import file_corpus, list_files
 from compactgpt.data.tokenization import tokenize
 from compactgpt.data.validation import validate
+from compactgpt.tracking.dvc_files import ignored_files
 from tests.support.data_docs import compiled_once  # noqa: F401
 from tests.support.tiny_corpus import make_tokenizer
 
@@ -111,7 +112,7 @@ def test_the_data_stages_accept_the_text_with_the_proposed_values(
     assert params.download.files.patterns == (f"corpus/{path.name}{'/**' if path.is_dir() else ''}",)
     assert params.tokenization.split == split
     state, tokenizer = Path("state"), make_tokenizer(tmp_path / "tokenizer")
-    corpus = file_corpus(params.download, project, silent, lambda message: None)
+    corpus = file_corpus(params.download, project, silent, lambda message: None, ignored_files(project))
     collect(corpus, Path("documents"), Limits(10**8), state=state, log=lambda message: None)
     report = validate(Path("documents"), Path("docs"), params.validation)
     assert report["success"], [each["advice"] for each in report["expectations"] if not each["success"]]
@@ -165,7 +166,7 @@ def test_text_is_copied_to_corpus_with_a_suffix_that_is_read(project, tmp_path, 
     for _ in range(2):
         run(f"../{name}", "--yes")
         patterns = load_params(PARAMS).download.files.patterns
-        assert list_files(patterns, project) == [(0, f"corpus/{target}")]
+        assert list_files(patterns, project, ignored_files(project)) == [(0, f"corpus/{target}")]
 
 
 def test_text_in_corpus_stays_where_it_is(project):
@@ -175,6 +176,17 @@ def test_text_in_corpus_stays_where_it_is(project):
     assert "README" not in output
     files = load_params(PARAMS).download.files
     assert (files.patterns, files.name) == (("corpus/**",), None)
+
+
+def test_text_that_dvc_will_ignore_in_corpus_is_not_counted(project, tmp_path):
+    Path(".dvcignore").write_text("corpus/notes/drafts/\n")
+    lines = speeches(2000).splitlines(keepends=True)
+    write(tmp_path, {"notes/a.txt": "".join(lines[:2000]), "notes/drafts/b.txt": "".join(lines[2000:])})
+    outside = run(tmp_path / "notes", "--yes")
+    write(project, {"corpus/notes/drafts/b.txt": "".join(lines[2000:])})
+    assert run("corpus/notes").split("held out")[0] == outside.split("held out")[0]
+    Path(".dvcignore").unlink()
+    assert run("corpus/notes").split("held out")[0] != outside.split("held out")[0]
 
 
 def test_a_corpus_longer_than_the_sample_is_extrapolated(project, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ class HubSet(Section):
     # A commit or a branch. For the branch, `sha256` must be set, because the content of a branch can change.
     revision: HubCommit | Literal["refs/convert/parquet"] | None
     licence: str
-    sha256: Sha256 | None = None  # hash of the text of all rows
+    sha256: Sha256 | None = None  # hash of the text of all rows; a local copy needs it
     opens_document: re.Pattern[str] | None = None  # a row that matches starts a new document
     separator: NonEmpty | None = None  # each row is split into parts at this text
     # Join consecutive parts of a row until they have at least this many characters. None: join no parts.

@@ -21,11 +21,12 @@ from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_text
 from compactgpt.config import FILE_KINDS, Download, Params, Validation, load_params, parse_params
 from compactgpt.data.documents import MEGABYTE, new_document
-from compactgpt.data.text_files import FOLDER, file_kind, list_files, read_file
+from compactgpt.data.text_files import FOLDER, IsIgnored, file_kind, list_files, read_file
 from compactgpt.data.validation import document_row
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes
 from compactgpt.speed import measure_speed, training_minutes
+from compactgpt.tracking.dvc_files import ignored_files
 
 SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
 # Bytes of text per GPT-2 token. Measured: 3.1 to 5.3 for ASCII text;
@@ -80,7 +81,13 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     targets, additions = zip(*map(_target, paths), strict=True)
     if len({*targets}) < len(targets):
         raise BadConfig(f"two of the paths would be the same file in {FOLDER}/: rename one of them")
-    sample, longest = _choose_cutting([each for path in paths for each in _files(path)], params.download)
+    is_ignored = ignored_files(Path())
+    files = [
+        each
+        for path, target in zip(paths, targets, strict=True)
+        for each in _files(path, Path(target).parent, is_ignored)
+    ]
+    sample, longest = _choose_cutting(files, params.download)
     if len(sample.rows) < MIN_DOCUMENTS:
         raise BadData(
             f"documents: found {len(sample.rows)}, but train and val need {MIN_DOCUMENTS}: add text"
@@ -159,11 +166,15 @@ def _target(path: Path) -> tuple[str, list[str]]:
     return target, [str(path), "-o", target, *(["-f"] if may_replace else [])]
 
 
-def _files(path: Path) -> list[tuple[Path, str]]:
-    """Return a pair (folder, path in this folder) for each text file. `path` is a text file or a folder."""
+def _files(path: Path, folder: Path, is_ignored: IsIgnored) -> list[tuple[Path, str]]:
+    """Return a pair (folder, path in this folder) for each text file. `path` is a text file or a folder.
+
+    `folder` is the folder in corpus/ to which `path` will be copied.
+    """
     if path.is_file():
         return [(path.parent, path.name)]
-    return [(path.parent, name) for _, name in list_files([f"{path.name}/**"], path.parent)]
+    names = list_files([f"{path.name}/**"], path.parent, lambda name: is_ignored(f"{folder}/{name}"))
+    return [(path.parent, name) for _, name in names]
 
 
 def _choose_cutting(files: Sequence[tuple[Path, str]], download: Download) -> tuple[Sample, int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,10 @@ CARD = (
     "---\nconfigs: [{config_name: main, data_files: "
     "[{split: train, path: main/train-*}, {split: test, path: main/test-*}]}]\n---\n"
 )
+
+
+def sha256(texts):
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def params(mirror, max_row_megabytes=32, **changes):
@@ -46,7 +51,8 @@ def mirror(tmp_path):
 
 
 def test_rows_are_documents_in_the_order_of_splits_and_files(tmp_path, mirror):
-    report, documents = write_corpus(tmp_path, params(mirror, splits=["train", "test"]))
+    changes = {"splits": ["train", "test"], "sha256": sha256([*ROWS, HELD_OUT])}
+    report, documents = write_corpus(tmp_path, params(mirror, **changes))
     assert [each.text for each in documents] == [*ROWS, HELD_OUT]
     sources = [documents[number].source for number in (0, 29, 30)]
     assert sources == ["owner/name/train:1", "owner/name/train:30", "owner/name/test:1"]
@@ -76,7 +82,8 @@ def test_rows_are_taken_split_or_joined_and_reading_resumes_after_every_text(
     tmp_path, changes, rows, expected
 ):
     mirror = write_mirror(tmp_path / "mirror", rows[:4], rows[4:])
-    corpus = hub_corpus(params(mirror, splits=["train", "test"], **changes), silent)
+    changes = {"splits": ["train", "test"], "sha256": sha256([*rows, HELD_OUT]), **changes}
+    corpus = hub_corpus(params(mirror, **changes), silent)
     texts = list(corpus.read(None))
     assert [each.text for each in texts] == [*expected, HELD_OUT]
     for number, text in enumerate(texts, 1):
@@ -114,13 +121,30 @@ def test_a_mirror_that_is_missing_or_damaged_and_a_long_row_are_named(tmp_path, 
 
 def test_a_data_set_without_a_commit_is_pinned_by_the_hash_of_its_text(tmp_path, mirror):
     branch = "refs/convert/parquet"
-    right, wrong = (hashlib.sha256("".join(rows).encode()).hexdigest() for rows in (ROWS, ROWS[1:]))
+    right, wrong = sha256(ROWS), sha256(ROWS[1:])
     _, documents = write_corpus(tmp_path, params(mirror, revision=branch, sha256=right))
     assert [each.text for each in documents] == ROWS
-    with pytest.raises(BadData, match=rf"the text of owner/name has SHA-256 {right}, .* expects {wrong}"):
+    with pytest.raises(BadData, match=rf"the text of .*mirror has SHA-256 {right}, .* expects {wrong}"):
         write_corpus(tmp_path, params(mirror, revision=branch, sha256=wrong))
     with pytest.raises(BadConfig, match=r"download\.hub\.sets\.tiny\.revision is empty.*git ls-remote"):
         write_corpus(tmp_path, params(None, revision=None))
+
+
+@pytest.mark.parametrize("kind", ["mirror", "file"])
+def test_a_local_copy_is_pinned_by_the_hash_of_its_text(tmp_path, mirror, kind):
+    """DVC watches no copy outside of the project, and the commit in params.yaml says nothing of the copy."""
+    file = tmp_path / "a.txt"
+    file.write_text("".join(ROWS))
+    copy = mirror if kind == "mirror" else file
+    with_copy = partial(params, mirror) if kind == "mirror" else partial(params, None, file=str(file))
+    advice = rf"write `sha256: {sha256(ROWS)}` below download\.hub\.sets\.tiny in params\.yaml"
+    with pytest.raises(BadData, match=f"^{copy} is a local copy, .*, {advice}"):
+        write_corpus(tmp_path, with_copy())
+    assert write_corpus(tmp_path, with_copy(sha256=sha256(ROWS)))[0]["bytes"] == len("".join(ROWS))
+    file.write_text("".join(ROWS[1:]))
+    pq.write_table(pa.table({"id": range(9), "text": ROWS[11:20]}), mirror / "main/train-1.parquet")
+    with pytest.raises(BadData, match=f"the text of {copy} has SHA-256 .* expects {sha256(ROWS)}"):
+        write_corpus(tmp_path, with_copy(sha256=sha256(ROWS)))
 
 
 def test_a_local_copy_of_the_text_is_read_instead_of_the_hub(tmp_path, monkeypatch):

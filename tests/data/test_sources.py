@@ -34,7 +34,7 @@ def numbered(stop_at=None, read=None, identity="v1"):
             if number == stop_at:
                 raise ConnectionError
             read.append(number)
-            yield Text(TEXTS[number], f"numbered:{number}", number // 40, number + 1)
+            yield Text(TEXTS[number], f"numbered:{number}", number // 40, number + 1, "blank lines")
 
     return Corpus("numbered", identity, (Part("first"), Part("second", "2", "MIT")), texts)
 
@@ -68,12 +68,13 @@ def test_a_shard_ends_with_the_document_that_fills_it(tmp_path):
 
 @pytest.mark.parametrize("stop_at", [0, 3, 24, 63])
 def test_a_stopped_download_resumes_to_the_same_bytes(tmp_path, stop_at):
-    undisturbed = collect_in(tmp_path / "undisturbed", numbered(), LIMITS)
+    expected, messages, read = [], [], []
+    undisturbed = collect_in(tmp_path / "undisturbed", numbered(), LIMITS, expected.append)
     stop_after(tmp_path, stop_at)
     assert not (tmp_path / "documents").exists()
-    messages, read = [], []
     assert collect_in(tmp_path, numbered(read=read), LIMITS, messages.append) == undisturbed
     assert files_of(tmp_path / "documents") == files_of(tmp_path / "undisturbed/documents")
+    assert messages[-2] == expected[0] == f"numbered: 1 file -> {len(KEPT)} documents by blank lines"
     # What finished shards hold was not read again.
     assert (read[0] > 0) == ("of an earlier `download` are kept" in messages[0]) == (stop_at > 20)
 
@@ -83,7 +84,7 @@ def test_another_corpus_or_other_limits_take_over_no_shard(tmp_path, identity, l
     stop_after(tmp_path, 63)
     messages = []
     collect_in(tmp_path, numbered(identity=identity), limits, messages.append)
-    assert len(messages) == 1  # how many documents there are
+    assert len(messages) == 2  # how the files were cut, and how many documents there are
 
 
 @pytest.mark.parametrize("shard_bytes", [100, 10**6])
@@ -100,9 +101,15 @@ def test_texts_of_other_lengths_are_left_out_and_counted(tmp_path):
     assert {len(each.text) for each in documents} == {37}
     assert report["left_out"]["short"] == sum(0 < len(text) < 37 for text in TEXTS) > 0
     assert report["left_out"]["long"] == sum(len(text) > 37 for text in TEXTS) > 0
-    message = r"no document of the corpus numbered was kept .*: add text, or raise download\.max_bytes"
+
+
+def test_max_bytes_is_named_only_if_the_first_document_is_longer(tmp_path):
+    message = r"^numbered:1, the first document, has \d+ bytes, but download\.max_bytes is 9: raise it"
     with pytest.raises(BadData, match=message):
         collect_in(tmp_path, numbered(), Limits(300, max_bytes=9))
+    for limits in (LIMITS, Limits(300, max_bytes=9)):
+        with pytest.raises(BadData, match=r"^no document .* was kept \(left out: 21 empty, .*\): add text$"):
+            collect_in(tmp_path, replace(numbered(), lengths=range(9999, 10_000)), limits)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ import gzip
 import json
 import os
 import re
+import shlex
+import shutil
 import tempfile
+from functools import partial
 from io import BytesIO
 from random import Random
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from compactgpt.common.errors import BadData, DiskFull, MissingInput
 from compactgpt.common.storage import write_bytes
 from compactgpt.config import FILE_KINDS
 from compactgpt.data import text_files
-from tests.support.corpora import download_params, write_corpus
+from tests.support.corpora import ROOT, download_params, write_corpus
 
 COMPRESS = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 
@@ -145,17 +148,58 @@ def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path)
     assert re.match(rf"{shown}.* \.txt \.md \.jsonl \.json \.csv \.parquet \(also with", messages[0])
 
 
+def test_text_that_dvc_ignores_is_not_read_and_named(tmp_path):
+    """DVC would not notice a change in it."""
+    shutil.copyfile(ROOT / ".dvcignore", tmp_path / ".dvcignore")
+    folders = ("x.egg-info", "__pycache__", "mlartifacts", "old~", ".venv", "own")
+    hidden = [*(f"corpus/{name}/a.txt" for name in folders), "corpus/sub/b.txt"]
+    for name in ["corpus/a.txt", "corpus/sub/a.txt", "corpus/.b/a.txt", *hidden]:
+        write_bytes(tmp_path / name, name.encode())
+    write_bytes(tmp_path / "corpus/sub/.dvcignore", b"b.txt")
+    with open(tmp_path / ".dvcignore", "a") as file:
+        file.write("corpus/own/\n")
+    messages = []
+    patterns = ["corpus/**", "corpus/.*/*.txt"]
+    _, documents = write_corpus(tmp_path, files(*patterns), log=messages.append)
+    assert [each.text for each in documents] == ["corpus/a.txt", "corpus/sub/a.txt", "corpus/.b/a.txt"]
+    shown = ", ".join(sorted(hidden)[:3])
+    assert messages[0].startswith(f"not read: 7 of the files in corpus/ ({shown}, ...). DVC ignores them")
+    for pattern in ("corpus/own/**", "corpus/own/a.txt"):
+        with pytest.raises(MissingInput, match=r"\(corpus/own/a\.txt\)\. DVC ignores .*\.dvcignore"):
+            write_corpus(tmp_path, files(pattern))
+
+
+def test_the_log_says_how_many_files_were_cut_and_where(tmp_path):
+    def logged(**changes):
+        messages = []
+        write_corpus(tmp_path, files("*.txt", "*.jsonl", **changes), log=messages.append)
+        return messages
+
+    speeches = [f"Speech {n} of the play.\n" for n in range(7222)]
+    (tmp_path / "rows.jsonl").write_text('"row one"\n"row two"\n')
+    (tmp_path / "input.txt").write_text("\n".join([*speeches, speeches[0]]))
+    every = "7,224 documents; left out: 1 duplicate"
+    assert logged(split="blank-lines") == ["input.txt: 1 file -> 7,222 documents by blank lines", every]
+    assert logged(split="none") == ["3 documents; left out: none"]
+    (tmp_path / "short.txt").write_text("Not cut.")
+    cut = r"input\.txt: 1 file -> 18\d documents by blank lines, of at least 1,000 characters"
+    assert re.fullmatch(cut, logged(split_over_characters=100)[0])
+    (tmp_path / "other.txt").write_text("Another\n\nplay.")
+    assert logged(split="blank-lines")[0] == "3 files -> 7,225 documents by blank lines"
+
+
 def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.jsonl").write_text("".join(f'"file {n} row {k}"\n' for k in range(3)))
-    corpus = text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print)
+    open_corpus = partial(text_files.file_corpus, files("*.jsonl"), tmp_path, silent, print, lambda _: False)
+    corpus = open_corpus()
     texts = list(corpus.read(None))
     assert len(texts) == 12
     for number, text in enumerate(texts, 1):
         assert list(corpus.read(text.position)) == texts[number:]
     changed = (tmp_path / "3.jsonl").stat().st_mtime_ns + 1
     os.utime(tmp_path / "3.jsonl", ns=(changed, changed))
-    assert text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print).identity != corpus.identity
+    assert open_corpus().identity != corpus.identity
 
 
 # --- compressed files
@@ -203,6 +247,24 @@ def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(
     with pytest.raises(BadData, match=r"holds more than 16 MB decompressed .*max_decompression_ratio"):
         write_corpus(tmp_path, files(path.name))
     assert len(chunks) * text_files._CHUNK_BYTES <= 2**24
+
+
+@pytest.mark.parametrize("name", ["a b.txt.zst", "a.jsonl.zst", "a.parquet.zst"])
+def test_a_zstd_window_that_is_too_large_is_refused_with_the_command_that_converts_the_file(tmp_path, name):
+    content = {".jsonl": b'{"text": "words"}', ".parquet": parquet_bytes(["words"])}
+    plain = content.get(text_files.file_kind(name), b"words")
+    for window_log in (27, 28):
+        wide = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
+        stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+        (tmp_path / name).write_bytes(stream.compress(plain) + stream.flush())
+        if window_log == 27:
+            assert write_corpus(tmp_path, files(name))[0]["documents"] == 1
+    path = shlex.quote(f"{tmp_path / name}")
+    new = shlex.quote(f"{tmp_path / name}.new")
+    command = f"`zstd -dc --long=31 {path} | zstd -o {new} && mv {new} {path}`"
+    message = rf"{name} was compressed with .* \(such as `zstd --long=28`\).*: {re.escape(command)}"
+    with pytest.raises(BadData, match=message):
+        write_corpus(tmp_path, files(name))
 
 
 def test_decompressing_leaves_space_on_the_disk(tmp_path, monkeypatch):

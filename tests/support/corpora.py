@@ -8,6 +8,7 @@ from compactgpt.common.sections import read_yaml
 from compactgpt.config import Download
 from compactgpt.data.documents import Corpus, read_row_group, row_groups
 from compactgpt.data.sources import Limits, collect, open_corpus
+from compactgpt.tracking.dvc_files import ignored_files
 
 ROOT = Path(__file__).parents[2]
 ALL = Limits(10**6)
@@ -29,4 +30,5 @@ def collect_in(folder: Path, corpus: Corpus, limits: Limits = ALL, log=lambda _:
 
 def write_corpus(folder: Path, params: Download, num_workers: int = 1, log=lambda _: None):
     """Write the corpus that `params` names; patterns are relative to `folder`. See `collect_in`."""
-    return collect_in(folder, open_corpus(params, folder, num_workers, silent, log), log=log)
+    corpus = open_corpus(params, folder, num_workers, silent, log, ignored_files(folder))
+    return collect_in(folder, corpus, log=log)

@@ -34,6 +34,7 @@ class Text(NamedTuple):
     source: str
     part: int  # index in `Corpus.parts`
     position: Any  # a JSON value; `Corpus.read(position)` yields the texts after this text
+    cut: str = ""  # where the file of this text was cut, such as "blank lines"; empty for a complete file
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 
     def read(position: Any) -> Iterator[Text]:
         check_data_set(params.hub)
-        data_set.check_hash()
+        data_set.check_hash(progress)
         start = _Position(*(position or ()))
         for split in range(start.split, len(chosen.splits)):
             for row, texts in data_set.texts(split, start.rows, start.state):
@@ -72,18 +72,28 @@ class _DataSet:
         self._key = f"download.hub.sets.{params.hub.name}"
         self._max_row_megabytes = params.max_row_megabytes
 
-    def check_hash(self) -> None:
-        """Raise BadData if params.yaml gives a SHA-256, and the text of all rows has another SHA-256."""
-        if self.chosen.sha256 is None:
+    def check_hash(self, progress: Progress) -> None:
+        """Raise BadData if the text of all rows does not have the SHA-256 that params.yaml gives.
+
+        Without a SHA-256, also raises BadData for a local copy: DVC does not see changes in the copy.
+        """
+        if self.chosen.sha256 is None and self.copy is None:
             return
         hasher = hashlib.sha256()
         for split in range(len(self.chosen.splits)):
             for row in self._rows(split):
                 hasher.update(row.text.encode("utf-8"))
+                if row.number % _PROGRESS_ROWS == 0:
+                    progress(row.number, 0)
         found, expected = hasher.hexdigest(), self.chosen.sha256
+        if expected is None:
+            raise BadData(
+                f"{self.copy} is a local copy, and DVC does not see changes in it: if it has the right text, "
+                f"write `sha256: {found}` below {self._key} in params.yaml"
+            )
         if found != expected:
             raise BadData(
-                f"the text of {self.copy if self._is_text else self.chosen.repo} has SHA-256 {found}, "
+                f"the text of {self.copy or self.chosen.repo} has SHA-256 {found}, "
                 f"{self._key}.sha256 expects {expected}: use the expected text, or correct the hash"
             )
 

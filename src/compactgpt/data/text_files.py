@@ -6,6 +6,7 @@ The module `splitting` cuts .txt and .md files into documents. In other files, e
 import csv
 import io
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob, has_magic
@@ -22,33 +23,38 @@ from compactgpt.data.hub import one_line
 from compactgpt.data.inputs import check_files
 from compactgpt.data.splitting import Line, Piece, read_lines, split_text
 
+# Returns whether DVC ignores a file. It takes a path as returned by `list_files`.
+IsIgnored = Callable[[str], bool]
 _KEY = "download.files"
 _KINDS = f"{' '.join(FILE_KINDS)} (also with .gz or .zst)"
 FOLDER = "corpus"  # the folder of the user's text
 _OWN_PAGE = "corpus/README.md"  # the project's page about the folder, which is not read
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_WINDOW_TOO_LARGE = "requires too much memory"  # part of libzstd's error message
 _ROWS = 16  # number of parquet rows that are read at a time; small, since a row may be long
 _CHUNK_BYTES = 2**20
 # `max_decompression_ratio` is checked only if the decompressed content is larger than this.
 _MIN_BYTES_TO_CHECK_RATIO = 2**24
 
 
-def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
+def file_corpus(
+    params: Download, root: Path, progress: Progress, log: Callable[[str], None], is_ignored: IsIgnored
+) -> Corpus:
     """Return a corpus of the files that match `download.files.patterns`, in the project folder `root`.
 
     Logs which files in corpus/ are not read. Raises MissingInput if no file matches.
     """
-    names = list_files(params.files.patterns, root)
+    names = list_files(params.files.patterns, root, is_ignored)
     stats = [(root / name).stat() for _, name in names]
-    _log_unread_files(root, {name for _, name in names}, log)
+    _log_unread_files(params.files.patterns, root, {name for _, name in names}, log, is_ignored)
 
     def read(position: Any) -> Iterator[Text]:
         first, done = position or (0, 0)  # index of the first file to read, number of texts to skip in it
         for number, (part, name) in enumerate(names[first:], first):
-            for index, (text, source, _) in enumerate(read_file(root, name, params), 1):
+            for index, (text, source, cut) in enumerate(read_file(root, name, params), 1):
                 if number > first or index > done:
-                    yield Text(text, source, part, [number, index])
+                    yield Text(text, source, part, [number, index], cut)
             progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
@@ -60,20 +66,27 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 # --- finding files
 
 
-def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
+def list_files(patterns: Sequence[str], root: Path, is_ignored: IsIgnored) -> list[tuple[int, str]]:
     """Return (index of the matching pattern, path relative to `root`) of each text file, sorted.
 
+    Files that DVC ignores are left out: DVC would not notice when they change.
     Raises MissingInput if no file matches, or if the file of a pattern without wildcards is missing.
     """
     for folder in {pattern.partition("/")[0] for pattern in patterns}:
         check_files(root / folder)
     found: dict[str, int] = {}
+    ignored: set[str] = set()
     for index, pattern in enumerate(patterns):
         names = sorted(name for name in _matching_files(pattern, root) if file_kind(name) in FILE_KINDS)
         if not names and not has_magic(pattern):
             raise MissingInput(f"{pattern}, named in download.files.patterns, is missing")
         for name in names:
-            found.setdefault(name, index)
+            if is_ignored(name):
+                ignored.add(name)
+            else:
+                found.setdefault(name, index)
+    if ignored and not found:
+        raise MissingInput(_describe_ignored(sorted(ignored)))
     if not found:
         raise MissingInput(
             f"no file matches download.files.patterns ({', '.join(patterns)}) and has one of the suffixes "
@@ -93,16 +106,34 @@ def file_kind(name: str) -> str:
     return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) -> None:
+def _log_unread_files(
+    patterns: Sequence[str], root: Path, read: set[str], log: Callable[[str], None], is_ignored: IsIgnored
+) -> None:
+    # `**` finds no hidden folder, but the patterns may name one.
+    found = {name for pattern in (f"{FOLDER}/**", *patterns) for name in _matching_files(pattern, root)}
     # `dvc add` writes a .dvc file next to each file.
-    found = {name for name in _matching_files(f"{FOLDER}/**", root) if not name.endswith(".dvc")}
-    if names := sorted(found - read):
-        shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
+    unread = sorted(name for name in found - read if not name.endswith(".dvc"))
+    ignored = [name for name in unread if is_ignored(name)]
+    if names := sorted({*unread} - {*ignored}):
         log(
-            f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). "
-            "To be read, a file must match download.files.patterns, and its name must end with one of "
-            f"{_KINDS}"
+            f"{_count_unread(names)}. To be read, a file must match download.files.patterns, and its name "
+            f"must end with one of {_KINDS}"
         )
+    if ignored:
+        log(_describe_ignored(ignored))
+
+
+def _count_unread(names: Sequence[str]) -> str:
+    shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
+    return f"not read: {len(names):,} of the files in {FOLDER}/ ({shown})"
+
+
+def _describe_ignored(names: Sequence[str]) -> str:
+    return (
+        f"{_count_unread(names)}. DVC ignores them, because they match a pattern of .dvcignore, and would "
+        "not notice changes in them. To have a file read, rename or move it, or change the pattern: "
+        "`dvc check-ignore -d FILE` shows the pattern"
+    )
 
 
 # --- reading files
@@ -127,6 +158,13 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error with `errno` comes from the disk: the file may be undamaged
+        if _WINDOW_TOO_LARGE in str(error):
+            old, new = (printable(shlex.quote(f"{path}{end}")) for end in ("", ".new"))
+            raise BadData(
+                f"{shown} was compressed with a window over 128 MB (such as `zstd --long=28`): reading it "
+                "needs too much memory. Compress it again: "
+                f"`zstd -dc --long=31 {old} | zstd -o {new} && mv {new} {old}`"
+            ) from error
         problem = "is damaged, or was cut short, or is not of the kind that its name says"
         raise BadData(f"{shown} {problem} ({one_line(error)}): replace or remove the file") from error
 

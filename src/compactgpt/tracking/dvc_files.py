@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +242,19 @@ def md5_path(path: Path) -> str:
 def is_ignored(name: str) -> bool:
     """Return whether .dvcignore excludes a file or folder with this name from a dependency."""
     return bool(_IGNORED.fullmatch(name))
+
+
+def ignored_files(root: Path) -> Callable[[str], bool]:
+    """Return a function: whether DVC ignores a file, as the .dvcignore files in the project `root` say.
+
+    The function takes the path of the file, relative to `root`.
+    """
+    from dvc.fs import localfs
+    from dvc.ignore import DvcIgnoreFilter
+
+    folder = str(root.absolute())
+    rules = DvcIgnoreFilter(localfs, folder)
+    return lambda name: bool(rules.is_ignored_file(f"{folder}/{name}"))
 
 
 class Cache:
