@@ -400,3 +400,30 @@ def test_the_command_accepts_passes_and_fails(place, monkeypatch):
     assert "fail" in {check["status"] for check in verdict["metrics"]}
     Path("reports/training.json").unlink()
     assert "reports/training.json is missing: run `dvc repro`" in run().output
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(700.0, "e+304 %"), (3_075_166.123, "infinite")])
+def test_a_diverged_model_fails_in_every_format(place, monkeypatch, loss, shown):
+    """A rise by 710 nats per token or more is too large for a float."""
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    assert run("--accept", "the first").exit_code == 0
+    train_again(place, monkeypatch, loss)
+    rounded = {"value": inputs.nats_of("compact").sum() / inputs.TOKENS.sum() * (1 + 1e-15)}
+    inputs.edit(Path("reports/evaluation.json"), lambda report: report["loss"].update(rounded))
+    done = run("--markdown", "gate.md", "--junit", "gate.xml")
+    assert done.exit_code == 3
+    assert "gate: failed (perplexity" in done.output
+    assert shown in done.output
+    rows = [line for line in Path("gate.md").read_text().splitlines() if "| perplexity |" in line]
+    assert [shown in row for row in rows] == [True]
+    assert max(map(len, done.output.splitlines())) < 250  # no number of 300 digits
+    case = ElementTree.parse("gate.xml").getroot().find("testcase[@name='perplexity']/failure")
+    assert f"{shown}; chance" in case.get("message")
+    as_json = run("--json")
+    assert as_json.exit_code == 3
+    check, *_ = json.loads(as_json.stdout, parse_constant=pytest.fail)["metrics"]
+    assert (check["name"], check["status"]) == ("perplexity", "fail")
+    assert (check["change"] is None) == (shown == "infinite")
+    assert run("--accept", "a diverged one").exit_code == 0
+    assert "gate: passed" in run().output
