@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,7 +16,7 @@ import scipy
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
-from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import read_json, write_json
 from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.forecast.sweep import documents_sha256
@@ -334,6 +336,10 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     champion = references.read_reference("champion", tmp_path)
     assert champion.name == "champion, version 1"
     assert len(champion.documents.ids) == inputs.DOCUMENTS
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        database.execute("alter table logged_models rename to damaged")
+    with pytest.raises(Unreachable, match=r"^MLflow at sqlite:///mlflow\.db failed \(.*logged_models"):
+        references.promote(tmp_path)
 
 
 # --- what is said ------------------------------------------------------------------------------------------

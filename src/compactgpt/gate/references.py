@@ -274,5 +274,5 @@ def promote(root: Path, reason: str = "") -> str:
     path = root / MODEL / "model.safetensors"
     if not path.exists():
         raise MissingInput(f"{path} is missing: run `dvc repro` in the repository folder")
-    with store_errors("MLFLOW_TRACKING_URI"):
+    with store_errors(tracking_store()["uri"]):
         return registry.promote(open_store(root), sha256_file(path), reason)
