@@ -1,6 +1,11 @@
 """Progress without a terminal is a line on stderr. The other messages are tested in test_cli.py."""
 
-from compactgpt.common.console import ProgressBar
+import json
+import math
+
+import pytest
+
+from compactgpt.common.console import ProgressBar, echo_json
 
 
 def test_a_line_of_progress_has_the_total_if_it_is_known(capsys):
@@ -17,3 +22,10 @@ def test_a_line_of_progress_has_the_time_that_is_left(capsys, monkeypatch):
         show(done, 100)
     lines = ["download: 10 of 100 rows", "download: 20 of 100 rows, left 5:20", "download: 100 of 100 rows"]
     assert capsys.readouterr().err.splitlines() == lines * 2
+
+
+def test_json_has_null_for_numbers_that_json_lacks(capsys):
+    value = {"a": [math.inf, (1, -math.inf)], "b": {"c": math.nan, "d": "Infinity", "e": 0.5, "f": True}}
+    echo_json(value)
+    shown = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert shown == {"a": [None, [1, None]], "b": {"c": None, "d": "Infinity", "e": 0.5, "f": True}}

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,7 +16,7 @@ import scipy
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
-from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import read_json, write_json
 from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.forecast.sweep import documents_sha256
@@ -334,6 +336,10 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     champion = references.read_reference("champion", tmp_path)
     assert champion.name == "champion, version 1"
     assert len(champion.documents.ids) == inputs.DOCUMENTS
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        database.execute("alter table logged_models rename to damaged")
+    with pytest.raises(Unreachable, match=r"^MLflow at sqlite:///mlflow\.db failed \(.*logged_models"):
+        references.promote(tmp_path)
 
 
 # --- what is said ------------------------------------------------------------------------------------------
@@ -400,3 +406,30 @@ def test_the_command_accepts_passes_and_fails(place, monkeypatch):
     assert "fail" in {check["status"] for check in verdict["metrics"]}
     Path("reports/training.json").unlink()
     assert "reports/training.json is missing: run `dvc repro`" in run().output
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(700.0, "e+304 %"), (3_075_166.123, "infinite")])
+def test_a_diverged_model_fails_in_every_format(place, monkeypatch, loss, shown):
+    """A rise by 710 nats per token or more is too large for a float."""
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    assert run("--accept", "the first").exit_code == 0
+    train_again(place, monkeypatch, loss)
+    rounded = {"value": inputs.nats_of("compact").sum() / inputs.TOKENS.sum() * (1 + 1e-15)}
+    inputs.edit(Path("reports/evaluation.json"), lambda report: report["loss"].update(rounded))
+    done = run("--markdown", "gate.md", "--junit", "gate.xml")
+    assert done.exit_code == 3
+    assert "gate: failed (perplexity" in done.output
+    assert shown in done.output
+    rows = [line for line in Path("gate.md").read_text().splitlines() if "| perplexity |" in line]
+    assert [shown in row for row in rows] == [True]
+    assert max(map(len, done.output.splitlines())) < 250  # no number of 300 digits
+    case = ElementTree.parse("gate.xml").getroot().find("testcase[@name='perplexity']/failure")
+    assert f"{shown}; chance" in case.get("message")
+    as_json = run("--json")
+    assert as_json.exit_code == 3
+    check, *_ = json.loads(as_json.stdout, parse_constant=pytest.fail)["metrics"]
+    assert (check["name"], check["status"]) == ("perplexity", "fail")
+    assert (check["change"] is None) == (shown == "infinite")
+    assert run("--accept", "a diverged one").exit_code == 0
+    assert "gate: passed" in run().output

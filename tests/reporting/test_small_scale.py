@@ -77,6 +77,20 @@ def test_runs_on_other_documents_are_not_compared(project):
     assert find_directions(project) == []
 
 
+@pytest.mark.parametrize(
+    ("sweep", "losses", "run", "claims"),
+    [
+        ("small-scale", SMALL, "size-4x-1", {"L14", "R5", "L15", "R4", "C11"}),  # its ratio is infinite
+        ("small-scale", SMALL, "steps-half-1", {"L14", "R4", "C11"}),  # the other model's ratio to it is 0
+        ("seeds", SEEDS, "demo-1", set()),  # the noise between seeds is too large for every comparison
+    ],
+)
+def test_a_run_that_diverged_gives_no_direction(project, sweep, losses, run, claims):
+    found = make_sweep(losses | {run: (3e6, 3e6)})
+    write_json(project / f"results/{sweep}.json", found.model_dump(mode="json"))
+    assert {one["claim"] for one in find_directions(project)} == claims
+
+
 def test_the_seed_widens_an_interval_as_an_independent_error():
     assert seed_margin(np.array([1.0, 2.0]), 1, 1) == pytest.approx(12.7062 * 0.70711 * 1.41421, rel=1e-4)
     wide = widen(Interval(1.0, math.exp(-0.03), math.exp(0.03)), 0.04)

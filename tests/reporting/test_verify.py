@@ -57,7 +57,18 @@ def repository(tmp_path_factory):
         done = run_comparison(place)
         assert done.exit_code == 0, done.output
         Repo.init(no_scm=True).commit(force=True)
+    add_removed_stages(place)
     return place
+
+
+def add_removed_stages(place: Path) -> None:
+    """Add what DVC keeps of stages that dvc.yaml no longer has (treeverse/dvc#5293), and a report of one."""
+    lock = YAML(typ="safe").load(place / "dvc.lock")
+    stages = lock["stages"]
+    stages["baseline@gone"] = json.loads(json.dumps(stages["baseline@xz"]).replace("xz", "gone"))
+    stages["gone"] = {**stages["training"], "outs": [{"path": "reports/gone.json", "md5": "0" * 32}]}
+    write_json(place / "dvc.lock", lock)  # JSON is YAML
+    write_json(place / "reports/gone.json", {"params_sha256": "0" * 64})
 
 
 def fill(place: Path) -> None:
@@ -113,7 +124,8 @@ def digit_after(path: Path, text: str, number: int = 0) -> int:
 
 
 def test_nothing_differs_where_all_fits(repository):
-    found = run_checks(repository, check_lock, check_estimate, check_numbers)
+    """Also not the stages that were removed."""
+    found = run_checks(repository, check_lock, check_params, check_estimate, check_numbers)
     assert (found.differences, found.unchecked) == ([], [])
     assert found.checked["files, parameters and commands"] > 50
     assert found.checked["reports of models"] == len(reports_of(repository))
@@ -216,11 +228,13 @@ def test_the_command_names_what_differs(repository, renderings, monkeypatch):
     monkeypatch.chdir(repository)
     name = "reports/training.json"
     with altered(repository, {name: digit_after(repository / name, ": ")}):
+        edit(repository / name, lambda report: report.update(params_sha256="0" * 64))
         done = CliRunner().invoke(app, ["verify"])
         as_json = CliRunner().invoke(app, ["verify", "--json"])
     assert done.exit_code == as_json.exit_code == CheckFailed.exit_code == 3
     assert len(json.loads(as_json.stdout)["differences"]) == done.output.count("differs: ")
     assert f"differs: {name} is not what dvc.lock has (modified)" in done.output
+    assert f"differs: {name} was made with other parameters than dvc.lock has" in done.output
     assert "evidence[compact.tokens_seen].value is 409600 in the report, but 509600 if it is" in done.output
 
 

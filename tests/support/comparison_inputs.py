@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from compactgpt.config import load_params
 from compactgpt.evaluation.likelihood import IN_WINDOW
-from compactgpt.evaluation.metrics import Interval, wilson
+from compactgpt.evaluation.metrics import Interval, perplexity, wilson
 from compactgpt.evaluation.totals import Totals, write_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting.evidence import build_record
@@ -41,8 +41,8 @@ def scores(loss: float) -> dict:
     """Return a loss with a made-up interval, and the scores that follow from it at 4 bytes per token."""
     interval = Interval(loss, loss - 0.1, loss + 0.1)
     bits = interval.map(lambda nats: nats / math.log(2) / 4)
-    found = {"loss": interval, "perplexity": interval.map(math.exp), "bits_per_byte": bits}
-    return {name: asdict(one) for name, one in found.items()}
+    found = {"loss": interval, "perplexity": interval.map(perplexity), "bits_per_byte": bits}
+    return {name: one.as_report() for name, one in found.items()}
 
 
 def write_score(folder: Path, name: str, path: str) -> None:

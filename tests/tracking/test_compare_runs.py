@@ -5,7 +5,9 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from compactgpt.cli import app
 from compactgpt.common.errors import BadData
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.evaluation.totals import Totals, write_totals
@@ -60,6 +62,16 @@ def test_two_revisions_are_compared_in_all_that_differs(root):
     assert found.lines()[-1].startswith(f"  compact: {expected.value:.4f}")
     assert found.lines()[-1].endswith(": significant")
     assert json.loads(json.dumps(asdict(found)))["ratios"]["compact"]["value"] == expected.value
+
+
+def test_a_diverged_version_has_a_ratio_that_is_infinite_and_no_number_of_json(root, monkeypatch):
+    commit_evaluation(root, NATS * 1e6)
+    monkeypatch.chdir(root)
+    shown = CliRunner().invoke(app, ["diff", "HEAD~1", "HEAD"]).stdout
+    assert shown.splitlines()[-1].startswith("  compact: inf (")
+    as_json = CliRunner().invoke(app, ["diff", "HEAD~1", "HEAD", "--json"]).stdout
+    ratio = json.loads(as_json, parse_constant=pytest.fail)["ratios"]["compact"]
+    assert (ratio["value"], ratio["high"]) == (None, None)
 
 
 def test_equal_versions_and_chance_are_no_difference(root):

@@ -1,21 +1,28 @@
 """Commands that check results, and compare versions of the project."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from compactgpt.commands.options import PARAMS, AsJson
-from compactgpt.common.console import echo, report
+from compactgpt.common.console import echo, echo_json, report
 from compactgpt.common.errors import CheckFailed, MissingInput
 
 ACCEPTED = "reports/accepted.json"
 VERSION = "A git revision, the ID of an MLflow run or its first characters, or `workspace` (current files)."
 
 app = typer.Typer()
+
+
+def _show(found: Any, *, as_json: bool) -> None:
+    """Print the result of a check, a dataclass with a method `lines`."""
+    if as_json:
+        echo_json(asdict(found))
+    else:
+        echo("\n".join(found.lines()))
 
 
 @app.command()
@@ -44,7 +51,7 @@ def verify(as_json: AsJson = False) -> None:
     from compactgpt.reporting.verify import verify as verify_project
 
     found = verify_project(Path())
-    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+    _show(found, as_json=as_json)
     if found.differences:
         raise typer.Exit(CheckFailed.exit_code)
 
@@ -63,7 +70,7 @@ def diff(
     from compactgpt.tracking import compare_runs
 
     found = compare_runs.compare(a, b, Path())
-    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+    _show(found, as_json=as_json)
 
 
 @app.command()
@@ -101,7 +108,7 @@ def gate(
     verdict = references.compare(against, Path(), settings, bench)
     passed = not verdict.failures
     if as_json:
-        echo(json.dumps({"passed": passed, **asdict(verdict)}, indent=2))
+        echo_json({"passed": passed, **asdict(verdict)})
     else:
         echo(formats.render_terminal(verdict))
     formats.publish(verdict, markdown, junit)
@@ -141,6 +148,6 @@ def reproduce(
         echo(f"{run} can be run again here\nnext: compactgpt reproduce {run}")
         return
     found = tracking.reproduce(run, Path(), report, confirm)
-    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+    _show(found, as_json=as_json)
     if found.verdict == tracking.DIFFERENT:
         raise typer.Exit(CheckFailed.exit_code)

@@ -1,7 +1,6 @@
 """Commands that use the trained model."""
 
 import io
-import json
 import math
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compactgpt.commands.options import PARAMS, AsJson, ParamsFile
-from compactgpt.common.console import ProgressBar, echo, report
+from compactgpt.common.console import ProgressBar, echo, echo_json, report
 from compactgpt.common.errors import BadData, MissingInput, printable
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ def evaluate(
         for one in models
     }
     if as_json:
-        echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
+        echo_json({name: asdict(score) for name, score in scores.items()})
         return
     if cut:
         echo(cut)

@@ -1,6 +1,5 @@
 """Commands that prepare, estimate and run the pipeline."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.commands.options import PARAMS, AsJson, ExperimentName, Settings
-from compactgpt.common.console import echo, report
+from compactgpt.common.console import echo, echo_json, report
 from compactgpt.common.errors import UserError
 from compactgpt.common.git import git_text
 from compactgpt.common.storage import read_json
@@ -37,7 +36,7 @@ def estimate(settings: Settings = None, as_json: AsJson = False) -> None:
     params = load_changed_params(PARAMS, settings or [])
     found = estimate_params(params, sweep)
     if as_json:
-        echo(json.dumps(found, indent=2))
+        echo_json(found)
         return
     echo(format_estimate(found, params.estimate))
     changes = [word for setting in settings or [] for word in ("-S", setting)]
@@ -99,7 +98,10 @@ def doctor(as_json: AsJson = False) -> None:
     from compactgpt.doctor import examine, format_report
 
     found = examine(PARAMS)
-    echo(json.dumps(found, indent=2) if as_json else format_report(found))
+    if as_json:
+        echo_json(found)
+    else:
+        echo(format_report(found))
 
 
 @experiment.command("list")

@@ -1,6 +1,8 @@
 """Print progress, results and error messages."""
 
 import errno
+import json
+import math
 import re
 import signal
 import sys
@@ -141,3 +143,16 @@ def report(message: str) -> None:
 def echo(message: str, end: str = "\n") -> None:
     """Print a result to stdout, with control characters written as escapes."""
     print(printable(message, keep="\n\t"), end=end, flush=True)
+
+
+def echo_json(value: Any) -> None:
+    """Print a result to stdout as JSON. Infinite numbers and NaN become null, because JSON has neither."""
+    echo(json.dumps(_only_finite(value), indent=2, allow_nan=False))
+
+
+def _only_finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _only_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_only_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

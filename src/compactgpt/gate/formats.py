@@ -1,5 +1,6 @@
 """Render the gate's verdict as a table, as Markdown and as JUnit XML."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ _MOST_LINES = 5  # the pull request's comment lists at most this many failures a
 _MOST_POINTS = 40  # maximum number of points of a curve in the chart
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}  # status -> word in the terminal
 _ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}  # status -> icon in the pull request's comment
+_LARGE = 1e9  # a diverged model has values of up to 300 digits: from here on, an exponent is shown
 _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
 
 
@@ -121,8 +123,17 @@ def _cells(check: Check) -> tuple[str, ...]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
+    if value is None:
+        return ""
+    if abs(value) >= _LARGE:
+        return f"{value:.2e}"
+    return f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f} %"
+    if share is None:
+        return ""
+    percent = 100 * share
+    if math.isinf(percent):
+        return "infinite"
+    return f"{percent:.2e} %" if percent >= _LARGE else f"{percent:.2f} %"

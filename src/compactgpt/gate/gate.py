@@ -282,7 +282,15 @@ def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, 
     # Add the squares of two independent errors: from the choice of documents, and from the seed of a run.
     low = found.value - math.hypot(found.value - found.low, between_runs)
     high = found.value + math.hypot(found.high - found.value, between_runs)
-    return Interval(found.value, low, high).map(math.expm1)
+    return Interval(found.value, low, high).map(_relative_rise)
+
+
+def _relative_rise(nats_per_token: float) -> float:
+    """Return exp(nats per token) - 1; infinite if too large for a float."""
+    try:
+        return math.expm1(nats_per_token)
+    except OverflowError:
+        return math.inf
 
 
 def decide(change: Interval, tolerance: float) -> Status:

@@ -42,7 +42,7 @@ _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
 # Fields of `Snapshot` that are copied to the file of an accepted reference without change.
 _UNCHANGED = ("fingerprint", "data", "params", "figures", "baselines", "tasks")
-_MAX_ROUNDING = 1e-9  # nats per token; losses that differ by more are from different runs
+_MAX_ROUNDING = 1e-9  # losses with a larger relative difference are from different runs
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
 
@@ -213,7 +213,7 @@ def _figures(evaluation: Score, trained: Trained) -> dict[str, float]:
 def _read_documents(path: Path, reported: float) -> Documents:
     totals = read_totals(path)
     loss = float(totals.nats.sum() / totals.tokens.sum())
-    if abs(loss - reported) > _MAX_ROUNDING:
+    if not math.isclose(loss, reported, rel_tol=_MAX_ROUNDING):
         raise BadData(
             f"{path} gives a loss of {loss:.6f}, but reports/evaluation.json has {reported:.6f}: the files "
             "are from different runs; run `dvc repro` or `dvc checkout`"
@@ -274,5 +274,5 @@ def promote(root: Path, reason: str = "") -> str:
     path = root / MODEL / "model.safetensors"
     if not path.exists():
         raise MissingInput(f"{path} is missing: run `dvc repro` in the repository folder")
-    with store_errors("MLFLOW_TRACKING_URI"):
+    with store_errors(tracking_store()["uri"]):
         return registry.promote(open_store(root), sha256_file(path), reason)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from compactgpt.common.storage import read_json
-from compactgpt.evaluation.metrics import Interval, perplexity_ratio, ratio_interval, t_quantile
+from compactgpt.evaluation.metrics import Interval, perplexity, perplexity_ratio, ratio_interval, t_quantile
 from compactgpt.evaluation.text_metrics import distinct_n, seq_rep_4
 from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_experiment
 from compactgpt.forecast.sweep import Sweep, read_sweep
@@ -31,6 +31,7 @@ def find_directions(root: Path) -> list[dict[str, Any]]:
     """Compare training runs and generated texts, and return a dict for each claim of each comparison.
 
     The key `outcome` is `same way` (the direction that the claim says), `other way` or `no effect found`.
+    A comparison is left out if a run diverged, so that the ratio or a limit is infinite.
     Returns [] if the sweep `small-scale` or the sweep `seeds` is missing, or if the two sweeps have different
     settings or val documents.
     """
@@ -63,7 +64,11 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
     ours_nats, theirs_nats, seed_nats = (np.array(nats)[:, scored] for nats in groups)  # (runs, documents)
     by_document = perplexity_ratio(ours_nats.mean(0), theirs_nats.mean(0), tokens)
     between_seeds = seed_margin(seed_nats.sum(1) / tokens.sum(), len(ours), len(theirs))
-    yield from _outcomes(comparison, widen(by_document, between_seeds), (len(ours), len(theirs)))
+    if by_document.low == 0 or not by_document.as_report():  # a run diverged: the ratio is 0 or infinite
+        return
+    ratio = widen(by_document, between_seeds)
+    if ratio.as_report():  # None if the upper limit is infinite, because a run of `seeds` diverged
+        yield from _outcomes(comparison, ratio, (len(ours), len(theirs)))
 
 
 def seed_margin(losses: Any, our_runs: int, their_runs: int) -> float:
@@ -84,7 +89,7 @@ def widen(interval: Interval, margin: float) -> Interval:
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
     low, high = centre - math.hypot(below, margin), centre + math.hypot(above, margin)
-    return Interval(interval.value, math.exp(low), math.exp(high))
+    return Interval(interval.value, perplexity(low), perplexity(high))
 
 
 def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
