@@ -34,8 +34,11 @@ def model(project):
     return compactgpt.load("models/compact")
 
 
-def test_the_five_lines_of_the_documentation_run(project, capsys):
+@pytest.mark.parametrize("page", ["the docstring", "README.md"])
+def test_the_five_lines_of_the_documentation_run(project, capsys, page):
     example = textwrap.dedent(inspect.getdoc(api).split("\n\n", 1)[1].rsplit("\n\n", 1)[0])
+    if page == "README.md":
+        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
     assert example.startswith("import compactgpt\n")
     exec(example, {})
     *_, score = capsys.readouterr().out.splitlines()

@@ -75,6 +75,14 @@ def test_generate_prints_the_prompt_and_its_continuation(project):
         assert run("generate", *words, *options, input="the cat\n").output == first.output
 
 
+@pytest.mark.parametrize(("option", "value"), [("temperature", 0), ("top_k", 1), ("seed", 7)])
+def test_an_option_of_generate_does_what_it_does_in_python(project, option, value):
+    text = compactgpt.load().generate("the cat", **{option: value})
+    assert text != compactgpt.load().generate("the cat")
+    done = run("generate", "the cat", f"--{option.replace('_', '-')}", value)
+    assert done.output == printable(f"the cat{text}\n", keep="\n\t")
+
+
 def test_generate_escapes_control_characters_and_asks_for_prompts_on_a_terminal(project, monkeypatch, capsys):
     assert run("generate", "\x1b[31mthe", "--max-new-tokens", 1).output.startswith("\\x1b[31mthe")
     typed = iter(["the cat", "in", ""])
@@ -117,6 +125,21 @@ def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project)
     (project / "long.txt").write_text("\n\n".join(["the cat sat " * 100] * 6))
     assert run("evaluate", "long.txt").stdout.startswith("long.txt: cut into 6 documents by blank lines")
     assert run("evaluate", "long.txt", "--whole").stdout.startswith("documents: 1;")
+
+
+def test_evaluate_compares_models_in_the_smallest_of_their_windows(project):
+    save_model(tiny_gpt(263, block_size=8), project / "models/short")
+    names = ["models/compact", "models/short"]
+    words = ["evaluate", "-", "--whole", *(word for name in names for word in ("--model", name))]
+    text = "\n".join(TEXTS)
+    scores = {name: compactgpt.load(name).score(text, window=8) for name in names}
+    found = json.loads(run(*words, "--json", input=text).stdout)
+    assert list(found) == names
+    assert found == {name: asdict(score) for name, score in scores.items()}
+    rows = run(*words, input=text).stdout.splitlines()[2:4]
+    for row, (name, score) in zip(rows, scores.items(), strict=True):
+        figures = f"{score.loss:.3f} {score.perplexity:,.2f} {score.bits_per_byte:.3f}"
+        assert row.split() == [name, *figures.split()]
 
 
 @pytest.mark.parametrize(

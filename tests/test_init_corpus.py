@@ -1,18 +1,24 @@
 """`compactgpt init-corpus` proposes values with which the pipeline accepts the user's own text."""
 
 import gzip
+import importlib
 import json
+import os
 import random
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from compactgpt import init_corpus
 from compactgpt.cli import app
 from compactgpt.common.console import silent
+from compactgpt.common.sections import read_yaml
+from compactgpt.common.storage import read_json
 from compactgpt.config import load_params
 from compactgpt.data.inspection import inspect
 from compactgpt.data.sources import Limits, collect
@@ -21,7 +27,7 @@ from compactgpt.data.tokenization import tokenize
 from compactgpt.data.validation import validate
 from compactgpt.tracking.dvc_files import ignored_files
 from tests.support.data_docs import compiled_once  # noqa: F401
-from tests.support.tiny_corpus import make_tokenizer
+from tests.support.tiny_corpus import EOT, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
@@ -126,6 +132,28 @@ def test_the_data_stages_accept_the_text_with_the_proposed_values(
     assert tokens < 6 * sum(report[split]["bytes"] for split in ("train", "val"))
 
 
+@pytest.mark.parametrize("kind", ["a short story", "short rows"])
+def test_training_and_evaluation_run_with_the_proposed_values(project, tmp_path, kind):
+    run(write(tmp_path, KINDS[kind]), "--yes", "--minutes", 0.01)
+    tree, tokenizer = read_yaml(PARAMS), make_tokenizer(Path("data/tokenizer"))
+    tree["model"].update(n_layer=1, n_head=2, n_embd=16, vocab_size=EOT + 1, padded_vocab_size=272)
+    tree["runtime"].update(device="cpu", num_threads=1)
+    PARAMS.write_text(json.dumps(tree))  # JSON is YAML
+    params, state = load_params(PARAMS), Path("state")
+    corpus = file_corpus(params.download, project, silent, lambda message: None)
+    collect(corpus, Path("documents"), Limits(10**8), state=state, log=lambda message: None)
+    facts = tokenize(
+        Path("documents"), tokenizer, Path("data/tokens"), params.tokenization, num_workers=1, state=state
+    )
+    for stage, *words in (["training"], ["evaluation"], ["baseline", "unigram"]):
+        script = importlib.import_module(f"stages.{stage}")
+        done = CliRunner().invoke(script.app, [*words, "--tracker", "none"])
+        assert done.exit_code == 0, done.output
+    for name in ("evaluation", "baseline/unigram"):
+        report = read_json(Path(f"reports/{name}.json"))
+        assert report["validation"]["documents"] == facts["val"]["documents"]
+
+
 def test_the_time_is_as_asked_and_intervals_fit_it(project, tmp_path):
     before = PARAMS.read_text().splitlines()
     output = run(write(tmp_path, KINDS["rows"]), "--minutes", 2, "-y")
@@ -155,6 +183,21 @@ def test_without_a_terminal_and_without_yes_nothing_is_changed(project, tmp_path
     assert output.endswith("nothing was changed; next: the same command with --yes\n")
     assert PARAMS.read_bytes() == before
     assert [*Path("corpus").iterdir()] == []
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_on_a_terminal_the_values_are_applied_only_after_yes(project, tmp_path, monkeypatch, capsys, answer):
+    path, before = write(tmp_path, KINDS["rows"]), PARAMS.read_bytes()
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    with open(terminal) as stdin, open(keyboard):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        get_command(app)(["init-corpus", str(path)], standalone_mode=False)
+    output = capsys.readouterr().out
+    assert "Apply these values? [y/N]: " in output
+    is_applied = answer == "y"
+    assert (PARAMS.read_bytes() != before) == Path("corpus/rows.jsonl").exists() == is_applied
+    assert ("next: make repro\n" in output) == ("nothing was changed" not in output) == is_applied
 
 
 @pytest.mark.parametrize(

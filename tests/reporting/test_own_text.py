@@ -73,6 +73,16 @@ def test_the_page_begins_with_the_users_text(record):
     assert not {row["evidence"] for row in rows if row["claim"]} & {"compact.loss", "compact.perplexity"}
 
 
+@pytest.mark.parametrize("split", ["hash", "tail"])
+def test_the_reports_say_how_val_was_chosen(tmp_path, split):
+    place = make_place(tmp_path)
+    edit(place / "reports/tokenization.json", lambda report: report.update(split=split))
+    record = record_of(place)
+    for language in ("en", "fr"):
+        assert tables.View(record, language).say(f"val_{split}") in render_comparison(record, language)
+    assert re.findall(r"<code>tokenization\.split: (\w+)</code>", pages.render_page(record)) == [split, split]
+
+
 def test_the_ranking_follows_the_paired_intervals(record):
     view = tables.View(record)
     for name in view.baselines:

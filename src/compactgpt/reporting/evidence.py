@@ -129,6 +129,7 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
     return {
         **sources.download.model_dump(),
         "tokenizer": tokenized["tokenizer"],
+        "split": tokenized["split"],
         "splits": {split: tokenized[split] for split in ("train", "val")},
         "checks": {
             stage: {"passed": sum(one.success for one in found.expectations), "of": len(found.expectations)}

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
@@ -149,6 +149,7 @@ class Tokenized(Report):
     """Schema of reports/tokenization.json."""
 
     tokenizer: _Tokenizer
+    split: Literal["hash", "tail"] = "hash"  # how val was chosen; a report without it means `hash`
     train: _Split
     val: _Split
 
