@@ -192,6 +192,13 @@ def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file
     )
 
 
+def test_a_diverged_training_has_no_perplexity_to_print(params_file, words_of_dvc, tmp_path):
+    (tmp_path / "reports/metrics.json").write_text('{"loss": 3075166.0}')
+    done = run_experiment("demo")
+    assert done.exit_code == 0
+    assert "our model, measured: loss 3075166.000, perplexity not defined\nThe page: " in done.output
+
+
 def test_the_printed_undo_restores_files_that_are_not_in_a_commit(params_file, words_of_dvc, tmp_path):
     """On another processor than the authors', the results of `make repro` differ from those of HEAD."""
     report, lock = tmp_path / "reports/metrics.json", tmp_path / "dvc.lock"
