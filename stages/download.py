@@ -17,8 +17,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
 
     with open_stage("download", tracker, ("download",)) as stage:
         params, state, log = stage.params.download, state_folder(), stage.print_message
-        if params.corpus == "files":
-            require_corpus(state.parent)
+        require_corpus(state.parent, params)
         # Download the small tokenizer first: if there is no network, the stage fails at once.
         tokenizer = download_tokenizer(params.tokenizer, Path("data/tokenizer"), state / "wheels")
         progress = stage.progress("texts" if params.corpus == "hub" else "files")

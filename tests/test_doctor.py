@@ -13,6 +13,7 @@ from compactgpt import doctor
 from compactgpt.cli import app
 from compactgpt.config import load_params
 from compactgpt.speed import training_minutes
+from tests.support.fake_hub import FakeHub, fill_model_cache
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +63,20 @@ def test_baselines_say_what_they_need_and_times_are_those_of_the_forecast(projec
     assert minutes[gguf] == pytest.approx(2 * 135e6 * 100 * 512 * 2 / 3e11 / 60)
     tasks = found["minutes"]["experiment run gpt2"]  # also LAMBADA and WikiText-2, which are longer than val
     assert tasks["gpt2"] > 1e6 * 2 * 124e6 / 3e11 / 60
+
+
+def test_a_baseline_is_in_the_cache_of_the_hub_or_can_be_downloaded(project, monkeypatch):
+    folder = fill_model_cache(project / "cache", load_params(Path("params.yaml")), "gpt2")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = FakeHub({})  # answers "not found", as the hub does for an unknown page
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    found = json.loads(run("--json"))
+    server.close()
+    assert found["machine"]["hub"] == f"{server.url}: answers"
+    assert found["baselines"]["gpt2"] == "ready: in the hub's cache"
+    assert found["baselines"]["gpt2-medium"] == "can be downloaded from the hub"
+    (folder / "model.safetensors").unlink()
+    assert json.loads(run("--json"))["baselines"]["gpt2"].startswith("needs the hub, or a local copy")
 
 
 def test_servers_that_never_answer_and_wrong_addresses_delay_nothing(project, monkeypatch):

@@ -1,6 +1,7 @@
 """What a DVC user does by hand, on small projects with the real git and DVC."""
 
 import hashlib
+import json
 import re
 import shutil
 
@@ -10,7 +11,9 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.sections import read_yaml
 from tests.support.dvc_projects import ROOT, dvc, git, git_repository, run
+from tests.support.tiny_pipeline import make_place, params_tree
 
 STAGE = {
     "cmd": "echo ran >> ran; cp params.yaml data/out; cp data/out reports/n.yaml",
@@ -116,28 +119,55 @@ def test_make_repro_runs_only_what_the_cache_lacks(project):
     assert (project / "data/out").read_text() == "n: 4\n"
 
 
-def test_text_that_dvc_tracks_is_in_every_copy_and_other_text_is_missed(project, tmp_path):
+@pytest.fixture
+def own_text(project):
+    """The project with the real stage `download`; its text, corpus/a.txt, is not tracked."""
+    make_place(project)
+    stage = read_yaml(ROOT / "dvc.yaml")["stages"]["download"] | {"deps": ["corpus"]}
+    YAML().dump({"stages": {"download": stage}}, project / "dvc.yaml")
+    text = "One:\nhello well\n\nTwo:\nlow"
+    (project / "corpus/a.txt").write_text(text)
+    tree = params_tree(0)
+    tree["download"]["files"]["patterns"] = ["corpus/**"]
+    hub = tree["download"]["hub"]
+    hub["name"] = "tiny-shakespeare"
+    copy = {"file": "corpus/a.txt", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    hub["sets"]["tiny-shakespeare"] |= {**copy, "join_characters": None}
+    (project / "params.yaml").write_text(json.dumps(tree))  # JSON is YAML
+    for name in (".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, project)
+    git(project, "rm", "-q", "--cached", "dvc.lock")
+    (project / "dvc.lock").unlink()
+    git(project, "add", ".")
+    git(project, "commit", "-q", "-m", "own text")
+    return project
+
+
+def documents_of(project, experiment):
+    """The number of documents that an experiment's stage `download` wrote."""
+    ref = git(project, "for-each-ref", "--format=%(refname)", f"**/{experiment}").strip()
+    return json.loads(git(project, "show", f"{ref}:reports/download.json"))["documents"]
+
+
+def test_text_that_dvc_tracks_is_in_every_copy_and_other_text_is_missed(own_text, tmp_path):
     """The corpus is a dep of `download` and not in git; only the .dvc files in it are."""
-    (project / "check.py").write_text(
-        "import os\nfrom pathlib import Path\nfrom compactgpt.data.inputs import require_corpus\n"
-        "require_corpus(Path(os.environ['DVC_ROOT']))\n"
-    )
-    stage = {"cmd": "python check.py && cat corpus/*.txt corpus/*/*.txt > data/out"}
-    stage |= {"deps": ["corpus"], "outs": ["data/out"], "params": ["n"]}
-    YAML().dump({"stages": {"copy": stage}}, project / "dvc.yaml")
-    (project / ".gitignore").write_text("/ran\n/data/\n" + (ROOT / ".gitignore").read_text())
-    (project / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
-    for path in (project / "corpus/a.txt", tmp_path / "far texts/b.txt"):
-        path.parent.mkdir()
-        path.write_text("a")
-    dvc(project, "add", str(tmp_path / "far texts"), "-o", "corpus/far")
-    git(project, "add", ".")  # `corpus/far.dvc` is staged by DVC
-    assert git(project, "ls-files", "corpus").split() == ["corpus/far.dvc"]
-    done = run(project, "dvc", "exp", "run", "--temp", "-S", "n=2", check=False)
+    path = tmp_path / "far texts/b.txt"
+    path.parent.mkdir()
+    path.write_text("b")
+    dvc(own_text, "add", str(path.parent), "-o", "corpus/far")  # DVC stages `corpus/far.dvc` in git
+    assert git(own_text, "ls-files", "corpus").split() == ["corpus/far.dvc"]
+    done = run(own_text, "dvc", "exp", "run", "--temp", check=False)
     assert "lacks corpus/a.txt, which DVC does not track yet: run `dvc add corpus/a.txt`" in done.stderr
-    dvc(project, "add", "corpus/a.txt")
-    (project / "corpus/far/b.txt").write_text("c")  # DVC takes the edit along
-    dvc(project, "exp", "run", "--temp", "-S", "n=2", "-n", "copied")
-    ref = git(project, "for-each-ref", "--format=%(refname)", "**/copied").strip()
-    lock = git(project, "show", f"{ref}:dvc.lock")
-    assert hashlib.md5(b"ac").hexdigest() in lock
+    dvc(own_text, "add", "corpus/a.txt")
+    (own_text / "corpus/far/c.txt").write_text("c")  # DVC takes the new file along
+    dvc(own_text, "exp", "run", "--temp", "-n", "copied")
+    assert documents_of(own_text, "copied") == 3
+
+
+@pytest.mark.robustness
+def test_text_that_dvc_tracks_is_in_the_copies_of_queued_experiments(own_text):
+    dvc(own_text, "add", "corpus/a.txt")
+    for corpus in ("files", "hub"):
+        dvc(own_text, "exp", "run", "--queue", "-n", corpus, "-S", f"download.corpus={corpus}")
+    dvc(own_text, "exp", "run", "--run-all")
+    assert [documents_of(own_text, corpus) for corpus in ("files", "hub")] == [1, 2]

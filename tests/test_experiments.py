@@ -9,9 +9,11 @@ from typer.testing import CliRunner
 from compactgpt import experiments
 from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput, Unreachable
+from compactgpt.common.storage import write_text
 from compactgpt.config import load_params
 from compactgpt.experiments import merge_patch, set_values
 from tests.support.dvc_projects import ROOT, git
+from tests.support.fake_hub import fill_model_cache
 from tests.support.tiny_models import save_random_gpt2
 
 CONF = ROOT / "conf"
@@ -192,6 +194,13 @@ def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file
     )
 
 
+def test_a_diverged_training_has_no_perplexity_to_print(params_file, words_of_dvc, tmp_path):
+    (tmp_path / "reports/metrics.json").write_text('{"loss": 3075166.0}')
+    done = run_experiment("demo")
+    assert done.exit_code == 0
+    assert "our model, measured: loss 3075166.000, perplexity not defined\nThe page: " in done.output
+
+
 def test_the_printed_undo_restores_files_that_are_not_in_a_commit(params_file, words_of_dvc, tmp_path):
     """On another processor than the authors', the results of `make repro` differ from those of HEAD."""
     report, lock = tmp_path / "reports/metrics.json", tmp_path / "dvc.lock"
@@ -239,6 +248,25 @@ def test_gpt2_without_the_hub_runs_from_local_copies_that_the_error_asks_for(
     assert run_experiment("gpt2", *settings).exit_code == 0
     assert words_of_dvc.read_text().startswith("exp run -n gpt2-")
     assert load_params(params_file).baseline.specs["gpt2"].path == "FOLDER"
+
+
+def test_gpt2_runs_offline_from_the_cache_of_the_hub(params_file, words_of_dvc, tmp_path):
+    """The error asks for what is not there, with a larger GPT-2 only for that one."""
+    tasks = NAMED["gpt2"].params["evaluation"]["tasks"]
+    for source in (tasks["lambada"], tasks["wikitext"]["wikitext-2"]):
+        folder = f"cache/datasets--{source['repo'].replace('/', '--')}/snapshots/{source['revision']}"
+        write_text(tmp_path / folder / source["file"], "x")
+    fill_model_cache(tmp_path / "cache", SHIPPED, "gpt2")
+    larger = "baseline.names=[gpt2,gpt2-medium]"
+    done = run_experiment("gpt2", larger)
+    assert done.exit_code == Unreachable.exit_code
+    assert re.findall(r"-S '(.*?)'", done.output) == [
+        "baseline.specs.gpt2-medium={kind: folder, path: FOLDER}"
+    ]
+    fill_model_cache(tmp_path / "cache", SHIPPED, "gpt2-medium")
+    assert run_experiment("gpt2", larger).exit_code == 0
+    assert words_of_dvc.read_text().startswith("exp run -n gpt2-")
+    assert load_params(params_file).baseline.names == ("gpt2", "gpt2-medium")
 
 
 def test_the_command_lists_shows_and_applies(params_file, monkeypatch):

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.common import console
-from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json, write_text
 from compactgpt.config import load_params
 from compactgpt.data.inputs import check_dependencies
 from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.evaluation.tasks import read_lambada
+from stages.download import app as download_app
 from tests.support.corpora import ROOT, download_params, write_corpus
 from tests.support.dvc_projects import ENVIRONMENT, dvc, git, git_repository
 
@@ -165,6 +166,35 @@ def test_the_first_stage_refuses_a_pipe_that_dvc_would_wait_for(project):
     done = fails(project, "dvc", "repro", "download")
     assert "error: corpus/odd.txt is not a regular file" in done.stderr
     assert not (project / "X").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "mirror", "message"),
+    [
+        ("files", None, None, "lacks corpus/a.txt corpus/b, .*: run `dvc add corpus/a.txt corpus/b`, then"),
+        ("hub", "corpus/a.txt", None, "lacks corpus/a.txt, .*: run `dvc add corpus/a.txt`, then"),
+        ("hub", "corpus/b/b.txt", None, "lacks corpus/b, .*: run `dvc add corpus/b`, then"),
+        ("hub", None, "corpus/b", "lacks corpus/b, .*: run `dvc add corpus/b`, then"),
+        ("hub", "corpus/a.txt", "far", r"lacks far: write the absolute path /\S+/far to params.yaml"),
+    ],
+)
+def test_text_that_the_copy_of_an_experiment_lacks_is_named(corpus, monkeypatch, kind, file, mirror, message):
+    """git ignores the text, and the folder in which `dvc exp run --temp` runs has what git and DVC track."""
+    original, copy = corpus.parent, corpus.parent / ".dvc/tmp/exps/copy"
+    for path in (original / "corpus/b/b.txt", original / "far/c.txt", copy / "corpus/README.md"):
+        write_text(path, "a text")
+    tree = read_yaml(ROOT / "params.yaml")
+    hub = tree["download"]["hub"]
+    hub |= {"name": "tiny-shakespeare", "mirror": mirror}
+    hub["sets"]["tiny-shakespeare"]["file"] = file
+    tree["download"]["corpus"] = kind
+    YAML().dump(tree, copy / "params.yaml")
+    shutil.copy(original / "dvc.yaml", copy)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(original))
+    done = CliRunner().invoke(download_app, ["--tracker", "none"])
+    assert done.exit_code == MissingInput.exit_code
+    assert re.match(f"error: the experiment's copy of the repository {message}", done.output)
 
 
 def test_line_ends_are_those_that_dvc_hashed_in_every_clone():

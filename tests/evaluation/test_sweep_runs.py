@@ -1,5 +1,6 @@
 """The runs of a sweep are trained and scored once each, and a stopped sweep resumes."""
 
+import json
 import os
 import shutil
 
@@ -7,11 +8,12 @@ import pytest
 import yaml
 
 from compactgpt.common.errors import BadConfig, Busy
-from compactgpt.common.storage import atomic_folder, write_json
+from compactgpt.common.storage import atomic_folder, write_json, write_text
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation import sweep_runs
 from compactgpt.evaluation.sweep_runs import run_sweep
 from compactgpt.forecast.sweep import documents_sha256, read_sweep
+from tests.support.corpora import download_params, write_corpus
 from tests.support.tiny_corpus import make_documents
 from tests.support.tiny_models import save_split, save_tokenizer
 from tests.support.tiny_training import params_tree
@@ -43,6 +45,21 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+def use_own_text(project):
+    """Replace the corpus by the same texts, read by `download.corpus: files` from files in corpus/."""
+    for name, texts in (("a.txt", TEXTS[:5]), ("b/c.jsonl", [json.dumps(text) for text in TEXTS[5:]])):
+        write_text(project / "corpus" / name, "\n".join(texts))
+    params = download_params(corpus="files", files={"patterns": ["corpus/**"], "split": "lines"})
+    shutil.rmtree(project / "data/documents")
+    write_corpus(project, params)
+    (project / "documents").rename(project / "data/documents")
+    tree = yaml.safe_load((project / "params.yaml").read_text())
+    tree["download"] = params.model_dump(mode="json")
+    (project / "params.yaml").write_text(yaml.safe_dump(tree))
+    text = SWEEP.replace("train_source: tiny", "train_source: corpus")
+    (project / "conf/experiments/mine.yaml").write_text(text)
+
+
 def run(project, *settings):
     messages = []
     path = project / "results/mine.json"
@@ -71,7 +88,11 @@ def test_each_run_is_trained_once_and_kept_with_its_losses_by_document(project):
     assert run(project, "training.beta1=0.5")[0] == names  # another recipe is another sweep
 
 
-def test_a_stopped_sweep_resumes(project, monkeypatch):
+@pytest.mark.parametrize(("corpus", "source"), [("docstrings", "tiny"), ("files", "corpus")])
+def test_a_stopped_sweep_resumes(project, monkeypatch, corpus, source):
+    """Whatever the corpus: the names of documents of own text are paths, such as corpus/a.txt:3."""
+    if corpus == "files":
+        use_own_text(project)
     train, calls = sweep_runs.train, []
 
     def stop_at_the_second(*arguments):
@@ -86,6 +107,8 @@ def test_a_stopped_sweep_resumes(project, monkeypatch):
     names, sweep = run(project)
     assert names == ["demo-2", "tuned", "part"]
     assert [one.name for one in sweep.runs] == ["demo-1", *names]
+    assert (sweep.corpus["corpus"], sweep.documents.sources) == (corpus, (source,) * 3)
+    assert run(project)[0] == []
 
 
 def test_an_unknown_source_is_refused(project):

@@ -7,7 +7,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from compactgpt.common.storage import write_text
+
 REPO, REVISION = "some/model", "a" * 40
+
+
+def fill_model_cache(cache, params, name):
+    """Put the files that a baseline of the hub needs, without content, in a cache of the hub."""
+    spec = params.baseline.specs[name]
+    folder = cache / f"models--{spec.repo.replace('/', '--')}/snapshots/{spec.revision}"
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        write_text(folder / file, "x")
+    return folder
 
 
 class FakeHub(ThreadingHTTPServer):

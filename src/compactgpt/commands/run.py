@@ -166,7 +166,9 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
     before = _current_version()
     experiments.run(name, PARAMS, settings or [])
     metrics = read_json(Path("reports/metrics.json"))
-    echo("our model, measured: loss {loss:.3f}, perplexity {perplexity:.2f}".format(**metrics))
+    # A diverged training has no perplexity in the file, because the value is too large for a float.
+    perplexity = f"{metrics['perplexity']:.2f}" if "perplexity" in metrics else "not defined"
+    echo(f"our model, measured: loss {metrics['loss']:.3f}, perplexity {perplexity}")
     echo("The page: reports/index.html")
     echo(f"to keep the values: compactgpt experiment record {name}")
     echo(_undo(before))

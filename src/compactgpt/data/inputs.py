@@ -9,6 +9,7 @@ from pathlib import Path
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import read_yaml
+from compactgpt.config import Download
 
 
 def check_dependencies(root: Path) -> None:
@@ -52,16 +53,30 @@ def _check_regular(path: Path) -> None:
         )
 
 
-def require_corpus(original: Path) -> None:
-    """Check that the folder corpus/ of the current folder has all files of `original`/corpus.
+def require_corpus(original: Path, params: Download) -> None:
+    """Check that the current folder has the local text of the corpus that `original` has.
 
     `original` is the user's repository. DVC may run an experiment in a temporary copy of this repository.
     Then the current folder is the copy. Raises MissingInput if files are missing.
     """
-    names = {path.name for path in (original / "corpus").glob("[!.]*")}
-    if missing := sorted(name for name in names if not Path("corpus", name).exists()):
-        paths = shlex.join(f"corpus/{name}" for name in missing)
+    copy = params.hub.mirror or params.hub.sets[params.hub.name].file
+    names: set[str] = set()
+    if params.corpus == "files":
+        names = {f"corpus/{path.name}" for path in (original / "corpus").glob("[!.]*")}
+    elif params.corpus == "hub" and copy:
+        # git ignores a .dvc file in a subfolder of corpus/, so `dvc add` must get the subfolder itself.
+        parts = Path(copy).parts
+        names = {"/".join(parts[:2])} if parts[0] == "corpus" else {copy}
+    missing = sorted(name for name in names if (original / name).exists() and not Path(name).exists())
+    if not missing:
+        return
+    paths = shlex.join(missing)
+    if not missing[0].startswith("corpus/"):
         raise MissingInput(
-            f"the experiment's copy of the repository lacks {paths}, which DVC does not track yet: "
-            f"run `dvc add {paths}`, then the same experiment again"
+            f"the experiment's copy of the repository lacks {paths}: "
+            f"write the absolute path {(original / missing[0]).resolve()} to params.yaml (download.hub)"
         )
+    raise MissingInput(
+        f"the experiment's copy of the repository lacks {paths}, which DVC does not track yet: "
+        f"run `dvc add {paths}`, then the same experiment again"
+    )
