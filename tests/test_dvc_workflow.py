@@ -116,6 +116,12 @@ def test_make_repro_runs_only_what_the_cache_lacks(project):
     assert (project / "data/out").read_text() == "n: 4\n"
 
 
+def test_make_repro_prints_the_table_before_it_copies_runs_to_mlflow():
+    wanted = ["dvc repro", "python -m stages.comparison --show", "compactgpt sync --warn"]
+    lines = run(ROOT, "make", "-n", "repro").stdout.splitlines()
+    assert [line for line in lines if line in wanted] == wanted
+
+
 def test_text_that_dvc_tracks_is_in_every_copy_and_other_text_is_missed(project, tmp_path):
     """The corpus is a dep of `download` and not in git; only the .dvc files in it are."""
     (project / "check.py").write_text(
