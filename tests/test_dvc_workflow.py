@@ -119,6 +119,12 @@ def test_make_repro_runs_only_what_the_cache_lacks(project):
     assert (project / "data/out").read_text() == "n: 4\n"
 
 
+def test_make_repro_prints_the_table_before_it_copies_runs_to_mlflow():
+    wanted = ["dvc repro", "python -m stages.comparison --show", "compactgpt sync --warn"]
+    lines = run(ROOT, "make", "-n", "repro").stdout.splitlines()
+    assert [line for line in lines if line in wanted] == wanted
+
+
 @pytest.fixture
 def own_text(project):
     """The project with the real stage `download`; its text, corpus/a.txt, is not tracked."""

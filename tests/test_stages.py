@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from compactgpt.cli import app as commands
 from compactgpt.common.errors import BadData, Busy, CheckFailed, UserError
 from compactgpt.common.sections import read_yaml
-from compactgpt.common.storage import write_json
-from compactgpt.tracking.dvc_files import is_ignored, open_repo
+from compactgpt.common.storage import read_json, write_json
+from compactgpt.tracking.dvc_files import is_ignored, open_repo, params_sha256, value_at
 from stages import _runner
 
 ROOT = Path(__file__).parents[1]
@@ -195,10 +195,25 @@ def test_dvc_ignores_the_same_files_inside_a_dependency(tmp_path):
     assert not is_ignored("#1.txt")
 
 
-def test_a_stage_prints_its_position_and_the_time_of_earlier_runs(chain):
+@pytest.mark.parametrize(
+    ("name", "item", "key"), [("training", "", "training"), ("baseline", "xz", "baseline.specs.xz")]
+)
+def test_a_report_has_the_hash_of_the_parameters_that_dvc_records_for_its_stage(chain, name, item, key):
+    with _runner.open_stage(name, "none", item=item) as stage:
+        stage.report(Path("x.json"), {"loss": 2.0})
+    section = value_at(read_yaml(chain / "params.yaml"), key)
+    assert read_json(Path("x.json")) == {"loss": 2.0, "params_sha256": params_sha256({key: section})}
+
+
+def test_a_stage_prints_its_position_and_the_time_of_earlier_runs(chain, monkeypatch):
     names = read_yaml(chain / "params.yaml")["baseline"]["names"]
     position = f"stage 2 of {2 + len(names)}: training"
     assert run().output == f"{position}\n"
-    for stage in ("training", *(f"baseline@{name}" for name in names)):
-        write(f".state/seconds/{stage}", "60")
-    assert f"{position}; this and the later stages took {1 + len(names)} min last time" in run().output
+    clock = iter([1000.0, 1180.0])  # the first run takes 180 s
+    with monkeypatch.context() as patch:
+        patch.setattr(_runner, "time", Mock(time=lambda: next(clock)))
+        run()
+    times = {"download": 6000} | {f"baseline@{name}": 60 for name in names}  # download is an earlier stage
+    for stage, seconds in times.items():
+        write(f".state/seconds/{stage}", str(seconds))
+    assert f"{position}; this and the later stages took {3 + len(names)} min last time" in run().output

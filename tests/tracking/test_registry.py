@@ -1,11 +1,13 @@
 """The model in MLflow: logged once for each set of weights, registered when the gate promotes it."""
 
+import shutil
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 
+import compactgpt
 from compactgpt.common.errors import CheckFailed, MissingInput
 from compactgpt.common.storage import sha256_file
 from compactgpt.data.tokenizer import load_encoding
@@ -63,6 +65,18 @@ def test_a_logged_model_is_in_hugging_faces_format_and_answers_within_its_contex
     assert "the cat" + answer == expected
     (answer,) = loaded.predict(["the cat" * 500], params={"max_new_tokens": 100_000})  # a long prompt
     assert len(encoding.encode_ordinary(answer)) <= 4 * MAX_NEW_TOKENS
+
+
+def test_a_champion_that_is_loaded_from_mlflow_generates_the_text_of_models_compact(trained_project):
+    register(trained_project)
+    promote(open_store(trained_project), weights(trained_project))
+    expected = compactgpt.load("models/compact").generate("the cat", max_new_tokens=8)
+    for folder in ("models", ".dvc"):  # MLflow alone has the weights
+        shutil.rmtree(trained_project / folder)
+    loaded = compactgpt.load(f"models:/{NAME}@champion")
+    assert loaded.generate("the cat", max_new_tokens=8) == expected != ""
+    with pytest.raises(MissingInput, match="has no model models:/nix@champion"):
+        compactgpt.load("models:/nix@champion")
 
 
 def test_only_promotion_registers_and_another_configuration_needs_a_reason(trained_project):

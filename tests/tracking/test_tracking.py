@@ -15,7 +15,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, MissingInput, Unreachable
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
@@ -24,7 +26,7 @@ from compactgpt.tracking.journal import machine_facts, stage_metrics, tuned_para
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import RunFolder
 from compactgpt.tracking.store import open_store
-from tests.support.tracking_store import copy, enter_project, history, journal, runs
+from tests.support.tracking_store import copy, enter_project, git, history, journal, runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,15 +139,46 @@ def write_version(path: Path) -> None:
         database.execute("update alembic_version set version_num = '451aebb31d03'")
 
 
-@pytest.mark.parametrize(
+DAMAGES = pytest.mark.parametrize(
     ("damage", "reason"), [(write_no_database, "file is not a database"), (write_version, "db upgrade")]
 )
+
+
+@DAMAGES
 def test_a_database_that_mlflow_cannot_read_is_one_sentence(root, damage, reason):
     log_run(root)
     damage(root / "mlflow.db")
     error = rf"^MLflow at sqlite:\S*mlflow.db failed .*{reason}.*: no run is lost[^\n]*$"
     with pytest.raises(Unreachable, match=error):
         sync(root)
+
+
+@DAMAGES
+@pytest.mark.parametrize(
+    "command", ["trace compact.loss", "gate --against champion", "reproduce 0123abcd", "diff 0123abcd"]
+)
+def test_commands_that_read_mlflow_say_in_one_sentence_that_they_cannot(root, damage, reason, command):
+    for folder in (".dvc", "reports"):
+        (root / folder).mkdir()
+    for name in ("dvc.lock", "dvc.yaml", "params.yaml", "reports/evidence.json"):
+        shutil.copyfile(ROOT / name, root / name)
+    git(root, "init", "-q")
+    git(root, "commit", "-q", "--allow-empty", "-m", "first")
+    damage(root / "mlflow.db")
+    done = CliRunner().invoke(app, command.split())
+    error = rf"error: MLflow at sqlite:\S*mlflow.db failed .*{reason}.*: no run is lost[^\n]*\n"
+    assert done.exit_code == Unreachable.exit_code, done.output
+    assert re.fullmatch(error, done.output), done.output
+
+
+def test_sync_with_warn_ends_well_without_mlflow(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # no server listens on the discard port
+    journal(root).end("FINISHED")
+    failed = "MLflow at http://127.0.0.1:9 failed (Connection refused): no run is lost."
+    for option, exit_code, kind in (([], Unreachable.exit_code, "error"), (["--warn"], 0, "warning")):
+        done = CliRunner().invoke(app, ["sync", *option])
+        *_, line = done.output.splitlines()
+        assert (done.exit_code, line.startswith(f"{kind}: {failed}")) == (exit_code, True), done.output
 
 
 def test_a_deleted_database_is_filled_again_from_the_journals(root):
