@@ -140,7 +140,7 @@ def test_training_and_evaluation_run_with_the_proposed_values(project, tmp_path,
     tree["runtime"].update(device="cpu", num_threads=1)
     PARAMS.write_text(json.dumps(tree))  # JSON is YAML
     params, state = load_params(PARAMS), Path("state")
-    corpus = file_corpus(params.download, project, silent, lambda message: None)
+    corpus = file_corpus(params.download, project, silent, lambda message: None, ignored_files(project))
     collect(corpus, Path("documents"), Limits(10**8), state=state, log=lambda message: None)
     facts = tokenize(
         Path("documents"), tokenizer, Path("data/tokens"), params.tokenization, num_workers=1, state=state

@@ -15,7 +15,7 @@ from compactgpt.config import BaselineSpec, Folder, Gguf, Hub, Params, load_para
 from compactgpt.data.hub import cached_model
 from compactgpt.experiments import configurations
 from compactgpt.forecast.estimate import format_minutes
-from compactgpt.speed import measure_products, measure_speed, training_minutes
+from compactgpt.speed import is_busy, measure_products, measure_speed, training_minutes
 from compactgpt.tracking import state_folder
 from compactgpt.tracking.journal import machine_facts, tracking_store
 
@@ -39,6 +39,7 @@ def examine(params_file: Path) -> dict[str, Any]:
     params = load_params(params_file)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     hub = "not asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _ask(endpoint)
+    busy = is_busy()
     minutes: dict[str, Any] = {"make repro": estimate_minutes([params])}
     for name in EXPERIMENTS:
         try:
@@ -50,6 +51,7 @@ def examine(params_file: Path) -> dict[str, Any]:
         | {
             "hub": f"{endpoint}: {hub}",
             "MLflow": _mlflow(),
+            "load": "other programs are running, so the times below are too long" if busy else "none",
         },
         "baselines": {name: _need(spec, hub == "answers") for name, spec in params.baseline.specs.items()},
         "minutes": minutes,

@@ -25,7 +25,7 @@ from compactgpt.data.text_files import FOLDER, IsIgnored, file_kind, list_files,
 from compactgpt.data.validation import document_row
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes
-from compactgpt.speed import measure_speed, training_minutes
+from compactgpt.speed import describe_slow_baselines, is_busy, measure_speed, training_minutes
 from compactgpt.tracking.dvc_files import ignored_files
 
 SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
@@ -243,6 +243,7 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
         f"held out for measurement (val, {split}): {measured}",
         time,
+        *describe_slow_baselines(params),
     ]
 
 
@@ -264,12 +265,13 @@ def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> di
 
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
     """Return proposed values of the section `training`, and a message about the training time."""
+    busy = is_busy()
     step_minutes = training_minutes(params, measure_speed(params)) / params.training.max_steps
     steps_per_epoch = tokens / params.training.tokens_per_step
     found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * steps_per_epoch)
     steps = max(10, int(float(f"{found:.2g}")))
     time = f"about {format_minutes(steps * step_minutes)} at the speed that was measured just now"
-    if os.getloadavg()[0] > 1:
+    if busy:
         time += " (other programs were running: for a better estimate, run this on a quiet machine)"
     if found == MAX_EPOCHS * steps_per_epoch:
         time += "; not longer, because with more epochs a model often memorizes a text of this size"

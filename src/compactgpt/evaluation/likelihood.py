@@ -131,6 +131,7 @@ class NeuralModel:
         positions = Positions(np.zeros((documents, buckets)), np.zeros((documents, buckets), np.int64))
         lengths = np.diff(split.offsets) - 1  # (documents,), number of tokens without end-of-text
         num_windows = int(np.sum(-(-lengths // stride)))
+        progress(0, num_windows)
         for done, (scored, values) in enumerate(target_nats(self, windows), 1):
             nats[scored.document] += values.sum()
             own_tokens[scored.document] += len(values)

@@ -301,6 +301,7 @@ def run_tasks(
         if source is not None:
             tasks[name] = read_lambada(fetch_source(source))
     report: dict[str, Any] = {}
+    progress(0, len(tasks))
     for done, (name, items) in enumerate(tasks.items(), 1):
         if items:  # `make_cloze` returns an empty list if no passage is suitable
             scores = answer(model, items)
