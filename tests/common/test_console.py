@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -22,6 +25,17 @@ def test_a_line_of_progress_has_the_time_that_is_left(capsys, monkeypatch):
         show(done, 100)
     lines = ["download: 10 of 100 rows", "download: 20 of 100 rows, left 5:20", "download: 100 of 100 rows"]
     assert capsys.readouterr().err.splitlines() == lines * 2
+
+
+def test_a_terminal_without_a_size_shows_the_bar():
+    terminal, stderr = os.openpty()  # has 0 columns, as in some containers
+    code = "from compactgpt.common.console import ProgressBar; ProgressBar('training', 'steps')(3, 1000)"
+    subprocess.run([sys.executable, "-c", code], stderr=stderr, check=True)
+    os.close(stderr)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert "training" in shown
+    assert "3/1000" in shown
 
 
 def test_json_has_null_for_numbers_that_json_lacks(capsys):

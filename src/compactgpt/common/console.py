@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 import time
@@ -68,8 +69,15 @@ class ProgressBar:
             from tqdm import tqdm
 
             is_large = total == 0 or total >= 10**6  # show 20.1M, but 1000 rather than 1.00k
+            # tqdm would show nothing in a terminal without a size, for which shutil returns 80 x 24.
+            columns, rows = shutil.get_terminal_size()
             self._bar = tqdm(
-                total=total, desc=printable(self.name), unit=f" {self.unit}", unit_scale=is_large
+                total=total,
+                desc=printable(self.name),
+                unit=f" {self.unit}",
+                unit_scale=is_large,
+                ncols=columns,
+                nrows=rows,
             )
         self._bar.total = total
         if figures:
