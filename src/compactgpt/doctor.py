@@ -142,11 +142,12 @@ def estimate_minutes(runs: Sequence[Params]) -> dict[str, float]:
     training.
     """
     params, speed = runs[0], measure_speed(runs[0])
+    products = measure_products()
     parts = {"training": sum(training_minutes(each, speed) for each in runs)}
     for name in params.baseline.names:
         if size := _num_params(name, params):
             flops = 2 * size * _evaluated_tokens(params)  # two operations per parameter and token
-            parts[name] = flops / measure_products() / 60
+            parts[name] = flops / products / 60
     return parts
 
 
